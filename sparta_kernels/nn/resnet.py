@@ -202,8 +202,8 @@ def resnet34(
 ) -> ResNet:
     """ResNet-34 for small images; arguments, shapes and errors as in `ResNet`.
 
-    With ten classes, three channels and width 64: 22,093,650 parameters with SPARTA at a site in each group and
-    21,282,122 with ReLU. "G1234.B2" is the second block of every group, as in a ResNet-18; the last one of each
-    is "G14.B3,G2.B4,G3.B6".
+    With ten classes, three channels and width 64: 22,093,650 parameters with SPARTA at a site in each group,
+    21,282,122 with ReLU. "G1234.B2" is the second block of every group, as in a ResNet-18; the last block of
+    each is "G14.B3,G2.B4,G3.B6".
     """
     return ResNet((3, 4, 6, 3), num_classes, activation, sites, width, in_channels, mean, std)
