@@ -1,9 +1,10 @@
 """The equations in plain PyTorch: the specification that every backend is compared with.
 
 Nothing here is fast and nothing is checked. Equation numbers are those of "SPARTA: Spatially Attentive and
-Adversarially Robust Activation" (Guo et al.). Shapes are ``(N, C, H, W)`` and ``P = H * W``. Every function works
-on any device and in any floating dtype: float64 is computed in float64, everything else in float32, and the
-result is rounded once, at the end, to the dtype of the tensor that it belongs to.
+Adversarially Robust Activation" (Guo et al.). Shapes are ``(N, C, H, W)`` and ``P = H * W``. Every function
+works on any device and in any floating dtype. Outside the attention network, whose convolutions compute in
+their own dtype, float64 is computed in float64 and everything else in float32, and the result is rounded once,
+at the end, to the dtype of the tensor that it belongs to.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def _computing_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# ---- the gate ------------------------------------------------------------------------------------------------
+# ---- the gate ----------------------------------------------------------------------------------------------
 
 
 def _conv5(spatial: Tensor, kernel: Tensor | None) -> Tensor:
@@ -76,7 +77,7 @@ def gate(x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None = No
 def gate_backward(
     gy: Tensor, x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None = None, share: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradient of `gate` (Eq. 4 written out for the gate's own inputs), in ordinary differentiable operations.
+    """The gradient of `gate` (Eq. 4 written out for the gate's own inputs), itself differentiable by autograd.
 
         gx            = gy * phi * (x > 0)
         gz            = gy * relu(x) * phi * (1 - phi)
@@ -137,7 +138,7 @@ def dynamic_conv(spatial: Tensor, kernel: Tensor) -> Tensor:
     return out.to(spatial.dtype)
 
 
-# ---- the attention network -----------------------------------------------------------------------------------
+# ---- the attention network ---------------------------------------------------------------------------------
 
 
 def attention(
@@ -159,10 +160,10 @@ def attention(
         parameters: tensors by name, a `sparta_kernels.nn.Sparta`'s ``state_dict()``.
         kernel_size: K, the size of every convolution.
         dynamic: False for "SPARTA-w/o-DPNet", where Conv5 is the one learned kernel ``parameters["conv5"]``.
-        training: normalise with the batch's statistics instead of the stored ones (which are left as they are).
+        training: normalise with the batch's statistics instead of the stored ones, which are left as they are.
 
     Returns:
-        ``a (N, 1, H, W)`` before Conv5, ``c (N, C)`` and ``kernel``, which is ``(N,)`` at K = 1, else ``(N, K, K)``.
+        ``a (N, 1, H, W)`` before Conv5, ``c (N, C)``, and ``kernel``: ``(N,)`` at K = 1, else ``(N, K, K)``.
     """
 
     def conv(name: str, value: Tensor) -> Tensor:
@@ -202,7 +203,7 @@ def sparta(
     share: int = 1,
     training: bool = False,
 ) -> Tensor:
-    """The whole activation, Eq. 3 with Eq. 5, 6 and 8: ``y = relu(x) * sigmoid(s (x) c)`` with ``s = conv5(a; kernel)``.
+    """The whole activation (Eq. 3, 5, 6, 8): ``y = relu(x) * sigmoid(s (x) c)`` with ``s = conv5(a; kernel)``.
 
     Arguments are those of `attention`; with ``share = N`` s is average-pooled N x N (a block cut off by the
     border averages what it has). Returns ``(N, C, H, W)`` in the dtype of x. Differentiable by autograd.
@@ -214,7 +215,7 @@ def sparta(
     return gate(x, s, channel, None, share)
 
 
-# ---- randomness that belongs to the image --------------------------------------------------------------------
+# ---- randomness that belongs to the image ------------------------------------------------------------------
 
 
 def _multiply_32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,8 +265,8 @@ def uniform(seed: int, indices: Tensor, elements: int, purpose: int, restart: in
     """Uniform numbers that depend on the image's index alone, not on its place in a batch.
 
     Philox4x32-10 with key ``(seed & 0xffffffff, seed >> 32)`` and counter ``(element // 4,
-    purpose | restart << 8, index & 0xffffffff, index >> 32)``; the lane is ``element % 4``, and a word u becomes
-    ``float32(u >> 8) * 2**-24``.
+    purpose | restart << 8, index & 0xffffffff, index >> 32)``; the lane is ``element % 4``, and a word u
+    becomes ``float32(u >> 8) * 2**-24``.
 
     Args:
         seed: in ``[0, 2**64)``.
@@ -280,7 +281,7 @@ def uniform(seed: int, indices: Tensor, elements: int, purpose: int, restart: in
     return (_words(seed, indices, elements, purpose, restart) >> 8).to(torch.float32) * 2.0**-24
 
 
-# ---- the attack ----------------------------------------------------------------------------------------------
+# ---- the attack --------------------------------------------------------------------------------------------
 
 
 def pgd_start(
@@ -352,8 +353,8 @@ def pgd_step(
         targeted: step down the loss (towards a target) or up (away from the label).
 
     Returns:
-        The next iterate, like adv. Computed in float64 for a float64 adv, else in float32, every operation rounded
-        by itself (no fused multiply-add), and rounded once to the dtype of adv.
+        The next iterate, like adv. Computed in float64 for a float64 adv, else in float32, every operation
+        rounded by itself (no fused multiply-add), and rounded once to the dtype of adv.
     """
     work = _computing_dtype(adv.dtype)
     step, radius, low, high = (
