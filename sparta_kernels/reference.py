@@ -3,7 +3,7 @@
 Nothing here is fast and nothing is checked. Equation numbers are those of "SPARTA: Spatially Attentive and
 Adversarially Robust Activation" (Guo et al.). Shapes are ``(N, C, H, W)`` and ``P = H * W``. Every function
 works on any device and in any floating dtype. Outside the attention network, whose convolutions compute in
-their own dtype, float64 is computed in float64 and everything else in float32, and the result is rounded once,
+their own dtype, float64 is computed in float64 and everything else in float32, and a result is rounded once,
 at the end, to the dtype of the tensor that it belongs to.
 """
 
@@ -77,7 +77,7 @@ def gate(x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None = No
 def gate_backward(
     gy: Tensor, x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None = None, share: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradient of `gate` (Eq. 4 written out for the gate's own inputs), itself differentiable by autograd.
+    """The gradient of `gate`: Eq. 4 written out for the gate's own inputs, itself differentiable by autograd.
 
         gx            = gy * phi * (x > 0)
         gz            = gy * relu(x) * phi * (1 - phi)
@@ -160,7 +160,7 @@ def attention(
         parameters: tensors by name, a `sparta_kernels.nn.Sparta`'s ``state_dict()``.
         kernel_size: K, the size of every convolution.
         dynamic: False for "SPARTA-w/o-DPNet", where Conv5 is the one learned kernel ``parameters["conv5"]``.
-        training: normalise with the batch's statistics instead of the stored ones, which are left as they are.
+        training: normalise with the batch's statistics, not with the stored ones, which are left as they are.
 
     Returns:
         ``a (N, 1, H, W)`` before Conv5, ``c (N, C)``, and ``kernel``: ``(N,)`` at K = 1, else ``(N, K, K)``.
@@ -203,7 +203,7 @@ def sparta(
     share: int = 1,
     training: bool = False,
 ) -> Tensor:
-    """The whole activation (Eq. 3, 5, 6, 8): ``y = relu(x) * sigmoid(s (x) c)`` with ``s = conv5(a; kernel)``.
+    """The whole activation (Eq. 3, 5, 6, 8): ``y = relu(x) * sigmoid(s (x) c)``, ``s = conv5(a; kernel)``.
 
     Arguments are those of `attention`; with ``share = N`` s is average-pooled N x N (a block cut off by the
     border averages what it has). Returns ``(N, C, H, W)`` in the dtype of x. Differentiable by autograd.
