@@ -1,0 +1,131 @@
+// Python's door to the kernels: addresses and numbers in, nothing owned, nothing checked (sparta_kernels/ops has
+// checked), the GIL released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "cpu/dispatch.h"
+#include "kernels.h"
+#include "philox.h"
+#if defined(SPARTA_WITH_CUDA)
+#include "cuda/device.h"
+#endif
+
+namespace py = pybind11;
+
+namespace sparta {
+namespace bindings {
+namespace {
+
+using Address = uintptr_t;
+using Pair = std::array<int64_t, 3>;   // address, sample stride, row stride
+using Small = std::array<int64_t, 2>;  // address, dtype
+
+void* pointer(int64_t address) { return reinterpret_cast<void*>(static_cast<Address>(address)); }
+Matrices matrices(const Pair& p) { return {pointer(p[0]), p[1], p[2]}; }
+Dense dense(const Small& s) { return {pointer(s[0]), static_cast<DType>(s[1])}; }
+
+GateShape gate_shape(const std::array<int64_t, 5>& s, bool planar) { return {s[0], s[1], s[2], s[3], s[4], planar}; }
+
+void gate_forward(const std::array<int64_t, 5>& shape, bool planar, int dtype, const Pair& x, const Pair& y,
+                  const Small& spatial, const Small& channel, const Small& kernel, int threads) {
+  const GateForward args{gate_shape(shape, planar), static_cast<DType>(dtype), matrices(x), matrices(y), dense(spatial),
+                         dense(channel), dense(kernel), threads};
+  py::gil_scoped_release release;
+  cpu_kernels().gate_forward(args);
+}
+
+void gate_backward(const std::array<int64_t, 5>& shape, bool planar, int dtype, const Pair& x, const Pair& gy,
+                   const Pair& gx, const Small& spatial, const Small& channel, const Small& kernel,
+                   const Small& grad_spatial, const Small& grad_channel, const Small& grad_kernel, int threads) {
+  const GateBackward args{gate_shape(shape, planar), static_cast<DType>(dtype), matrices(x), matrices(gy), matrices(gx),
+                          dense(spatial), dense(channel), dense(kernel), dense(grad_spatial), dense(grad_channel),
+                          dense(grad_kernel), threads};
+  py::gil_scoped_release release;
+  cpu_kernels().gate_backward(args);
+}
+
+void conv_forward(const std::array<int64_t, 4>& shape, const Small& spatial, const Small& kernel, const Small& output,
+                  int threads) {
+  const ConvForward args{{shape[0], shape[1], shape[2], shape[3]}, dense(spatial), dense(kernel), dense(output),
+                         threads};
+  py::gil_scoped_release release;
+  cpu_kernels().conv_forward(args);
+}
+
+void conv_backward(const std::array<int64_t, 4>& shape, const Small& grad_output, const Small& spatial,
+                   const Small& kernel, const Small& grad_spatial, const Small& grad_kernel, int threads) {
+  const ConvBackward args{{shape[0], shape[1], shape[2], shape[3]},
+                          dense(grad_output), dense(spatial), dense(kernel), dense(grad_spatial), dense(grad_kernel),
+                          threads};
+  py::gil_scoped_release release;
+  cpu_kernels().conv_backward(args);
+}
+
+void pgd_step(int64_t elements, int dtype, Address adv, Address grad, Address clean, double signed_step, double eps,
+              double lower, double upper, int threads) {
+  const PgdStep args{elements, static_cast<DType>(dtype), pointer(adv), pointer(grad), pointer(clean), signed_step,
+                     eps, lower, upper, threads};
+  py::gil_scoped_release release;
+  cpu_kernels().pgd_step(args);
+}
+
+void pgd_start(const std::array<int64_t, 4>& shape, const std::array<int64_t, 4>& strides, int dtype, Address adv,
+               Address clean, Address index, uint64_t seed, uint32_t restart, double eps, double lower, double upper,
+               int threads) {
+  const PgdStart args{shape[0], shape[1], shape[2], shape[3], static_cast<DType>(dtype), pointer(adv), pointer(clean),
+                      {strides[0], strides[1], strides[2], strides[3]}, static_cast<const int64_t*>(pointer(index)),
+                      seed, restart, eps, lower, upper, threads};
+  py::gil_scoped_release release;
+  cpu_kernels().pgd_start(args);
+}
+
+py::dict cuda_info() {
+  py::dict info;
+#if defined(SPARTA_WITH_CUDA)
+  const cuda::Versions versions = cuda::versions();
+  py::list devices;
+  for (const cuda::Device& device : cuda::devices()) {
+    py::dict entry;
+    entry["name"] = device.name;
+    entry["capability"] = py::make_tuple(device.major, device.minor);
+    entry["multiprocessors"] = device.multiprocessors;
+    entry["memory_bytes"] = device.memory;
+    devices.append(entry);
+  }
+  info["built"] = true;
+  info["archs"] = SPARTA_CUDA_ARCHS;
+  info["runtime_version"] = versions.runtime;
+  info["driver_version"] = versions.driver;
+  info["devices"] = devices;
+#else
+  info["built"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+}  // namespace bindings
+}  // namespace sparta
+
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Compiled kernels of sparta_kernels. Internal: call sparta_kernels' operations instead.";
+  m.attr("compiler") = SPARTA_COMPILER;
+  m.def("gate_forward", &sparta::bindings::gate_forward);
+  m.def("gate_backward", &sparta::bindings::gate_backward);
+  m.def("conv_forward", &sparta::bindings::conv_forward);
+  m.def("conv_backward", &sparta::bindings::conv_backward);
+  m.def("pgd_step", &sparta::bindings::pgd_step);
+  m.def("pgd_start", &sparta::bindings::pgd_start);
+  m.def("philox4x32", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+    const sparta::PhiloxWords words = sparta::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+    return std::array<uint32_t, 4>{words.word[0], words.word[1], words.word[2], words.word[3]};
+  });
+  m.def("isa", [] { return std::string(sparta::cpu_kernels().isa); });
+  m.def("built_isas", &sparta::built_isas);
+  m.def("supported_isas", &sparta::supported_isas);
+  m.def("set_isa", &sparta::set_isa);
+  m.def("cuda_info", &sparta::bindings::cuda_info);
+}

@@ -1,0 +1,28 @@
+// Which instruction set's kernels run: the best that both this build and this machine have.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../kernels.h"
+
+namespace sparta {
+
+struct CpuKernels {
+  const char* isa;
+  bool (*supported)();  // by the machine
+  decltype(&baseline::gate_forward) gate_forward;
+  decltype(&baseline::gate_backward) gate_backward;
+  decltype(&baseline::conv_forward) conv_forward;
+  decltype(&baseline::conv_backward) conv_backward;
+  decltype(&baseline::pgd_step) pgd_step;
+  decltype(&baseline::pgd_start) pgd_start;
+};
+
+const CpuKernels& cpu_kernels();
+
+std::vector<std::string> built_isas();      // worst first
+std::vector<std::string> supported_isas();  // those of them that run here
+void set_isa(const std::string& isa);       // throws std::invalid_argument
+
+}  // namespace sparta

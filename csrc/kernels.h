@@ -1,0 +1,115 @@
+// One declaration per kernel: what it reads, what it writes, and where that lies. Nothing here owns memory.
+//
+// Every pointer is an address that the caller keeps alive; every stride counts elements; every extent may be 0.
+#pragma once
+
+#include <cstdint>
+
+#include "dtypes.h"
+
+namespace sparta {
+
+// An image batch (N, C, H, W) seen as one matrix a sample whose rows are contiguous: rows are channels and columns
+// pixels (planar, NCHW), or rows are pixels and columns channels (channels_last). Which one is the gate's `planar`.
+struct Matrices {
+  void* data;
+  int64_t sample_stride;
+  int64_t row_stride;
+};
+
+// A small contiguous tensor in its own dtype; data is null where it is absent or not asked for.
+struct Dense {
+  void* data;
+  DType dtype;
+};
+
+struct GateShape {
+  int64_t samples, channels, height, width;
+  int64_t share;  // one spatial cell for share x share pixels (Eq. 6)
+  bool planar;
+
+  SPARTA_INLINE int64_t pixels() const { return height * width; }
+  SPARTA_INLINE int64_t cells_wide() const { return (width + share - 1) / share; }
+  SPARTA_INLINE int64_t cells() const { return (height + share - 1) / share * cells_wide(); }
+};
+
+struct GateForward {
+  GateShape shape;
+  DType dtype;                     // of x and y
+  Matrices x, y;                   // y is written
+  Dense spatial, channel, kernel;  // (N, cells), (N, C), (N,) or null
+  int threads;
+};
+
+struct GateBackward {
+  GateShape shape;
+  DType dtype;                                     // of x, gy and gx
+  Matrices x, gy, gx;                              // gx is written, unless its data is null
+  Dense spatial, channel, kernel;                  // as in forward
+  Dense grad_spatial, grad_channel, grad_kernel;   // written, unless null
+  int threads;
+};
+
+// Per-sample K x K cross-correlation on one channel, zero padded to keep the size. All tensors contiguous.
+struct ConvShape {
+  int64_t samples, height, width, size;  // size = K, odd
+};
+
+struct ConvForward {
+  ConvShape shape;
+  Dense spatial, kernel, output;
+  int threads;
+};
+
+struct ConvBackward {
+  ConvShape shape;
+  Dense grad_output, spatial, kernel;
+  Dense grad_spatial, grad_kernel;  // written, unless null
+  int threads;
+};
+
+// adv, grad and clean have the same dtype and lie in the same order without gaps.
+struct PgdStep {
+  int64_t elements;
+  DType dtype;
+  void* adv;  // read and written
+  const void *grad, *clean;
+  double signed_step, eps, lower, upper;  // signed_step: minus the step for a targeted attack
+  int threads;
+};
+
+struct PgdStart {
+  int64_t samples, channels, height, width;
+  DType dtype;
+  void* adv;  // written
+  const void* clean;
+  int64_t strides[4];    // of adv and of clean alike
+  const int64_t* index;  // (N,): which image each sample is
+  uint64_t seed;
+  uint32_t restart;
+  double eps, lower, upper;
+  int threads;
+};
+
+// clang-format off
+#define SPARTA_DECLARE_CPU_KERNELS            \
+  void gate_forward(const GateForward&);      \
+  void gate_backward(const GateBackward&);    \
+  void conv_forward(const ConvForward&);      \
+  void conv_backward(const ConvBackward&);    \
+  void pgd_step(const PgdStep&);              \
+  void pgd_start(const PgdStart&);
+// clang-format on
+
+// One namespace per instruction set: the same sources, compiled once for each (CMakeLists.txt).
+namespace baseline {
+SPARTA_DECLARE_CPU_KERNELS
+}
+namespace avx2 {
+SPARTA_DECLARE_CPU_KERNELS
+}
+namespace avx512 {
+SPARTA_DECLARE_CPU_KERNELS
+}
+
+}  // namespace sparta

@@ -1,0 +1,52 @@
+"""Drives CMake: `pip install .` builds sparta_kernels/_native and installs it beside the Python files.
+
+Environment variables:
+    SPARTA_CUDA        ON, OFF or AUTO (default): whether to build the CUDA sources
+    SPARTA_CUDA_ARCHS  semicolon-separated architectures, default "80;90;100"
+    CXX, CUDACXX       the compilers, as for any CMake project
+    CMAKE_BUILD_PARALLEL_LEVEL   how many files to compile at once
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeExtension(Extension):
+    """An extension with no sources of its own: CMakeLists.txt knows them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, sources=[])
+
+
+class CMakeBuild(build_ext):
+    """Configure, build, and install into the folder where setuptools expects the module."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        options = {
+            "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
+            "Python_EXECUTABLE": sys.executable,
+            "CMAKE_INSTALL_PREFIX": target.parent,
+        }
+        for name, allowed in {"SPARTA_CUDA": ("ON", "OFF", "AUTO"), "SPARTA_CUDA_ARCHS": None}.items():
+            value = os.environ.get(name)
+            if value is None:
+                continue
+            if allowed is not None and value not in allowed:
+                raise SystemExit(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+            options[name] = value
+        definitions = [f"-D{key}={value}" for key, value in options.items()]
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *definitions], check=True)
+        subprocess.run(["cmake", "--build", build, "--target", "install"], check=True)
+
+
+setup(ext_modules=[CMakeExtension("sparta_kernels._native")], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,25 @@
+"""SPARTA at the price of ReLU: fused kernels, autograd operations, and projected gradient descent for robust CNNs."""
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "sparta_kernels needs PyTorch 2.10 or newer: install it with `pip install torch` "
+        "(https://pytorch.org/get-started has the command for your machine)"
+    ) from error
+
+from sparta_kernels.backends import use_backend
+from sparta_kernels.info import build_info
+from sparta_kernels.ops import dynamic_conv, pgd_start_, pgd_step_, sparta_gate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "build_info",
+    "dynamic_conv",
+    "pgd_start_",
+    "pgd_step_",
+    "sparta_gate",
+    "use_backend",
+]

@@ -1,0 +1,65 @@
+"""What this installation is: versions, instruction sets, devices, and the backend that each operation would use."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from sparta_kernels import backends
+from sparta_kernels.backends import native
+
+OPERATIONS = ("sparta_gate", "dynamic_conv", "pgd_step_", "pgd_start_")
+
+
+def _cuda() -> dict[str, Any]:
+    cuda: dict[str, Any] = native._native.cuda_info()
+    if not cuda["built"]:
+        cuda["note"] = "built without CUDA: nvcc was not found, or SPARTA_CUDA=OFF"
+    elif cuda["driver_version"] == 0:
+        cuda["note"] = "no NVIDIA driver on this machine"
+    elif cuda["driver_version"] < cuda["runtime_version"]:
+        cuda["note"] = (
+            f"the driver runs CUDA {_cuda_version(cuda['driver_version'])} at most, older than the "
+            f"{_cuda_version(cuda['runtime_version'])} of this build: update the driver, or build with an older nvcc"
+        )
+    else:
+        cuda["note"] = "the driver is new enough for this build"
+    return cuda
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def build_info() -> dict[str, Any]:
+    """Describe this installation in plain values that `json.dumps` takes.
+
+    Returns:
+        A dict with "versions", "cpu" (instruction sets built, supported and used; threads), "cuda" (architectures
+        built, devices, driver) and "operations": for every operation and kind of device, the backend that ``auto``
+        takes and why.
+    """
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    choices = {kind: backends.choose(torch.device(kind), "auto") for kind in kinds}
+    return {
+        "versions": {
+            "sparta_kernels": importlib.metadata.version("sparta_kernels"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "compiler": native._native.compiler,
+        },
+        "cpu": {
+            "isa_built": native._native.built_isas(),
+            "isa_supported": native._native.supported_isas(),
+            "isa": native._native.isa(),
+            "threads": torch.get_num_threads(),
+        },
+        "cuda": _cuda(),
+        "backends": ["reference", *backends.MODULES],
+        "operations": {
+            operation: {kind: choice._asdict() for kind, choice in choices.items()} for operation in OPERATIONS
+        },
+    }

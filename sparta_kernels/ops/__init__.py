@@ -1,0 +1,7 @@
+"""The operations: one file each, with its schema, checks, fake, autograd and documentation."""
+
+from sparta_kernels.ops.conv import dynamic_conv
+from sparta_kernels.ops.gate import sparta_gate
+from sparta_kernels.ops.pgd import pgd_start_, pgd_step_
+
+__all__ = ["dynamic_conv", "pgd_start_", "pgd_step_", "sparta_gate"]

@@ -1,0 +1,182 @@
+"""sparta_gate: ``y = relu(x) * sigmoid(kernel * spatial (x) channel)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparta_kernels import backends, reference
+from sparta_kernels.ops.checks import check_images, check_integer, check_shape, check_tensor
+from sparta_kernels.ops.library import fill, register, second_order
+
+
+def _forward(
+    x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None, share: int, backend: str
+) -> Tensor:
+    return backends.MODULES[backend].gate_forward(x, spatial, channel, kernel, share)
+
+
+def _forward_fake(
+    x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None, share: int, backend: str
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _backward(
+    gy: Tensor,
+    x: Tensor,
+    spatial: Tensor,
+    channel: Tensor,
+    kernel: Tensor | None,
+    share: int,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    grads = backends.MODULES[backend].gate_backward(gy, x, spatial, channel, kernel, share, wanted)
+    return tuple(fill(grad, x) for grad in grads)
+
+
+def _backward_fake(
+    gy: Tensor,
+    x: Tensor,
+    spatial: Tensor,
+    channel: Tensor,
+    kernel: Tensor | None,
+    share: int,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    def empty(tensor: Tensor | None, want: bool, contiguous: bool) -> Tensor:
+        if tensor is None or not want:
+            return x.new_empty(0)
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format) if contiguous else torch.empty_like(tensor)
+
+    small = [empty(t, want, True) for t, want in zip((spatial, channel, kernel), wanted[1:], strict=True)]
+    return empty(x, wanted[0], False), *small
+
+
+register(
+    "_gate_forward(Tensor x, Tensor spatial, Tensor channel, Tensor? kernel, int share, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+register(
+    "_gate_backward(Tensor gy, Tensor x, Tensor spatial, Tensor channel, Tensor? kernel, int share, bool[] wanted, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _Gate(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None, share: int, backend: str
+    ) -> Tensor:
+        return torch.ops.sparta_kernels._gate_forward(x, spatial, channel, kernel, share, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, spatial, channel, kernel, ctx.share, ctx.backend = inputs
+        ctx.save_for_backward(x, spatial, channel, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = list(ctx.needs_input_grad[:4])
+        grads = _GateBackward.apply(gy, *ctx.saved_tensors, ctx.share, wanted, ctx.backend)
+        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None
+
+
+class _GateBackward(torch.autograd.Function):
+    """The backward pass as a function of its own, so that it can be differentiated in turn."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        gy: Tensor,
+        x: Tensor,
+        spatial: Tensor,
+        channel: Tensor,
+        kernel: Tensor | None,
+        share: int,
+        wanted: list[bool],
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        return torch.ops.sparta_kernels._gate_backward(gy, x, spatial, channel, kernel, share, wanted, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        gy, x, spatial, channel, kernel, ctx.share, ctx.wanted, _ = inputs
+        ctx.save_for_backward(gy, x, spatial, channel, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gy, *inputs = ctx.saved_tensors
+        grads = second_order(
+            lambda *tensors: reference.gate(*tensors, share=ctx.share),
+            inputs,
+            gy,
+            ctx.wanted,
+            grad_grads,
+            ctx.needs_input_grad[:5],
+        )
+        return *grads, None, None, None
+
+
+def sparta_gate(
+    x: Tensor,
+    spatial: Tensor,
+    channel: Tensor,
+    kernel: Tensor | None = None,
+    *,
+    share: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """SPARTA's gate (Eq. 3, 5 and 8; Eq. 6 where ``share > 1``) with the 1x1 dynamic Conv5, in one pass each way.
+
+        y[n,c,h,w] = relu(x[n,c,h,w]) * sigmoid(kernel[n] * spatial[n, h // share, w // share] * channel[n,c])
+
+    Args:
+        x: ``(N, C, H, W)``; float64, float32, bfloat16 or float16. NCHW and channels_last are read as they lie,
+            slices of them in N and C too; other layouts are copied first.
+        spatial: ``(N, 1, ceil(H / share), ceil(W / share))``, any of those dtypes: Conv5's input, or (with
+            ``kernel=None``) its output.
+        channel: ``(N, C)``, any of those dtypes.
+        kernel: ``(N,)``, any of those dtypes: Conv5's predicted weight. None stands for 1.
+        share: side of the square blocks of pixels that share one spatial value.
+        backend: overrides `use_backend` for this call.
+
+    Returns:
+        y with the shape, dtype and memory format of x. Differentiable, twice in eager mode. Sums are kept in float32
+        (float64 for float64) and are bitwise repeatable.
+
+    Raises:
+        TypeError: an argument is not what it should be, or has an unsupported dtype.
+        ValueError: a shape, device, ``share`` or ``backend`` does not fit.
+    """
+    check_tensor("sparta_gate", "x", x)
+    check_images("sparta_gate", "x", x)
+    check_integer("sparta_gate", "share", share, 1, 2**31 - 1)
+    samples, channels, height, width = x.shape
+    check_tensor("sparta_gate", "spatial", spatial, x)
+    check_shape(
+        "sparta_gate",
+        "spatial",
+        spatial,
+        "(N, 1, ceil(H/share), ceil(W/share))",
+        (samples, 1, -(-height // share), -(-width // share)),
+    )
+    check_tensor("sparta_gate", "channel", channel, x)
+    check_shape("sparta_gate", "channel", channel, "(N, C)", (samples, channels))
+    if kernel is not None:
+        check_tensor("sparta_gate", "kernel", kernel, x)
+        check_shape("sparta_gate", "kernel", kernel, "(N,)", (samples,))
+    chosen = backends.choose(x.device, backend, "sparta_gate: backend").backend
+    if chosen == "reference":
+        return reference.gate(x, spatial, channel, kernel, share)
+    return _Gate.apply(x, spatial, channel, kernel, share, chosen)
