@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from . import checks
+from .checks import check_count
 from .sparta import Sparta
 
 
@@ -35,7 +35,7 @@ def make_activation(name: str, channels: int) -> nn.Module:
         ValueError: no activation has this name.
         TypeError, ValueError: channels is not a positive integer.
     """
-    checks.integer("make_activation", "channels", channels)
+    check_count("make_activation", "channels", channels)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         known = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"make_activation: name must be one of {known}, got {name!r}")

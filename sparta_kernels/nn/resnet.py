@@ -9,8 +9,8 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from . import checks
 from .activations import make_activation
+from .checks import check_count, check_feature_map
 
 _GROUPS = 4
 _TERM = re.compile(r"G([0-9]+)\.B([0-9]+)")
@@ -125,10 +125,11 @@ class ResNet(nn.Module):
         if not isinstance(blocks, Sequence) or len(blocks) != _GROUPS:
             raise ValueError(f"ResNet: blocks must be {_GROUPS} numbers, one for each group, got {blocks!r}")
         for count in blocks:
-            checks.integer("ResNet", "blocks", count)
-        checks.integer("ResNet", "num_classes", num_classes)
-        checks.integer("ResNet", "width", width)
-        self.in_channels = checks.integer("ResNet", "in_channels", in_channels)
+            check_count("ResNet", "blocks", count)
+        check_count("ResNet", "num_classes", num_classes)
+        check_count("ResNet", "width", width)
+        check_count("ResNet", "in_channels", in_channels)
+        self.in_channels = in_channels
         chosen = parse_sites(sites, blocks)
         make_activation(activation, 1)  # an unknown name is an error even where there is no site
 
@@ -153,7 +154,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(width * 8, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        checks.feature_map("ResNet", x, self.in_channels)
+        check_feature_map("ResNet", x, self.in_channels)
         x = (x - self.mean[:, None, None]) / self.std[:, None, None]
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))

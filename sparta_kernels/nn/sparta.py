@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import dynamic_conv, sparta_gate
-from . import checks
+from .checks import check_count, check_feature_map
 
 
 class Sparta(nn.Module):
@@ -49,15 +49,18 @@ class Sparta(nn.Module):
         share: int = 1,
     ) -> None:
         super().__init__()
-        self.channels = checks.integer("Sparta", "channels", channels)
-        self.kernel_size = checks.integer("Sparta", "kernel_size", kernel_size)
+        check_count("Sparta", "channels", channels)
+        check_count("Sparta", "kernel_size", kernel_size)
         if kernel_size % 2 == 0:
             raise ValueError(f"Sparta: kernel_size must be odd, got {kernel_size}")
         if hidden is None:
             hidden = min(256, channels) if kernel_size == 1 else channels
-        self.hidden = checks.integer("Sparta", "hidden", hidden)
-        self.dynamic = checks.flag("Sparta", "dynamic", dynamic)
-        self.share = checks.integer("Sparta", "share", share)
+        check_count("Sparta", "hidden", hidden)
+        if not isinstance(dynamic, bool):
+            raise TypeError(f"Sparta: dynamic must be True or False, got {dynamic!r}")
+        check_count("Sparta", "share", share)
+        self.channels, self.hidden, self.kernel_size = channels, hidden, kernel_size
+        self.dynamic, self.share = dynamic, share
 
         def conv(c_in: int, c_out: int) -> nn.Conv2d:
             return nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2)
@@ -88,7 +91,7 @@ class Sparta(nn.Module):
             kernel.zero_().view(-1)[self.kernel_size**2 // 2] = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        checks.feature_map("Sparta", x, self.channels)
+        check_feature_map("Sparta", x, self.channels)
         h1 = F.relu(self.bn1(self.conv1(x)), inplace=True)
         if self.kernel_size == 1:
             channel = self.conv2(h1.mean((2, 3), keepdim=True)).flatten(1)
