@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from itertools import product
@@ -133,10 +134,8 @@ class ResNet(nn.Module):
         chosen = parse_sites(sites, blocks)
         make_activation(activation, 1)  # an unknown name is an error even where there is no site
 
-        self.register_buffer("mean", _per_channel("mean", mean, in_channels))
-        self.register_buffer("std", _per_channel("std", std, in_channels))
-        if not bool((self.std > 0).all()):
-            raise ValueError(f"ResNet: std must be above 0, got {std}")
+        self.register_buffer("mean", _per_channel("mean", mean, in_channels, "finite numbers", -math.inf))
+        self.register_buffer("std", _per_channel("std", std, in_channels, "finite numbers above 0", 0.0))
 
         self.conv1, self.bn1 = _conv(in_channels, width, 3), nn.BatchNorm2d(width)
         self.act1 = make_activation("relu", width)
@@ -160,19 +159,20 @@ class ResNet(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.linear(x.mean((2, 3)))
 
-    def extra_repr(self) -> str:
-        return f"mean={self.mean.tolist()}, std={self.std.tolist()}"
 
-
-def _per_channel(name: str, value: float | Sequence[float], channels: int) -> Tensor:
-    allowed = f"ResNet: {name} must be a finite number or a sequence of {channels}, one for each channel"
+def _per_channel(
+    name: str, value: float | Sequence[float], channels: int, allowed: str, low: float
+) -> Tensor:
+    """`value` for every channel, each finite and above `low`."""
+    allowed = f"ResNet: {name} must be {allowed}, one or one for each of the {channels} channels"
     try:
-        tensor = torch.as_tensor(value, dtype=torch.float32)
+        # On the CPU, to be looked at even where the model is being built on another device, such as "meta".
+        values = torch.as_tensor(value, dtype=torch.float32, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{allowed}, got {value!r}") from None
-    if tensor.shape not in ((), (channels,)) or not bool(tensor.isfinite().all()):
+    if values.shape not in ((), (channels,)) or not bool((values.isfinite() & (values > low)).all()):
         raise ValueError(f"{allowed}, got {value!r}")
-    return tensor.expand(channels).clone()
+    return torch.empty(channels).copy_(values)
 
 
 def resnet18(
