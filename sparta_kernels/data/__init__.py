@@ -1,0 +1,49 @@
+"""Data sets as tensors in memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from .dataset import SPLITS, Dataset
+from .digits import DIGITS
+
+DATASETS = {dataset.name: dataset for dataset in (DIGITS,)}
+
+
+def describe(name: str) -> Dataset:
+    """The facts of the data set called `name`: classes, shape, mean and std. ValueError if unknown."""
+    if name not in DATASETS:
+        raise ValueError(f"data: name must be one of {', '.join(DATASETS)}, got {name!r}")
+    return DATASETS[name]
+
+
+def load(
+    name: str, root: str | os.PathLike[str] | None = None, split: str = "train"
+) -> tuple[Tensor, Tensor]:
+    """One split of a data set.
+
+    Args:
+        name: "digits" (scikit-learn's 1797 handwritten digits of 8x8: 1437 to train, 360 to test,
+            stratified).
+        root: folder with the data set's files; digits need none.
+        split: "train" or "test".
+
+    Returns:
+        Images, uint8 (N, C, H, W), and labels, int64 (N,).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        ImportError: the data set needs a package that is not installed.
+    """
+    dataset = describe(name)
+    if split not in SPLITS:
+        raise ValueError(f"data: split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if root is not None and not isinstance(root, (str, os.PathLike)):
+        raise TypeError(f"data: root must be a path or None, got {root!r}")
+    return dataset.read(None if root is None else Path(root), split)
+
+
+__all__ = ["DATASETS", "SPLITS", "Dataset", "describe", "load"]

@@ -1,0 +1,5 @@
+"""Robust evaluation."""
+
+from .evaluate import Evaluation, evaluate
+
+__all__ = ["Evaluation", "evaluate"]

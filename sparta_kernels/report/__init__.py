@@ -1,0 +1,17 @@
+"""What came out: JSON documents, tables and plots."""
+
+from .plot import check_plot, plot_losses
+from .results import as_json, document, save_json
+from .table import evaluation_table, facts_table, megabytes, percent
+
+__all__ = [
+    "as_json",
+    "check_plot",
+    "document",
+    "evaluation_table",
+    "facts_table",
+    "megabytes",
+    "percent",
+    "plot_losses",
+    "save_json",
+]

@@ -1,0 +1,153 @@
+"""One run, one safetensors file: weights, momentum and a JSON description. Nothing in it can run code."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .. import nn as networks
+from ..data.files import write_atomically
+from .settings import MODELS
+
+FORMAT = "sparta_kernels checkpoint 1"
+
+
+class CheckpointError(ValueError):
+    """A file that is not a whole checkpoint of this package; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read: its description, the network in eval mode, and the momentum by parameter name."""
+
+    metadata: dict[str, Any]
+    model: nn.Module
+    momentum: dict[str, Tensor]
+
+
+def build_model(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The network called `name`, "resnet18" or "resnet34", with these keyword arguments.
+
+    Raises:
+        TypeError, ValueError: the name or an argument is not one that the network takes.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    model: nn.Module = getattr(networks, name)(**arguments)
+    return model
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str], model: nn.Module, momentum: dict[str, Tensor], metadata: dict[str, Any]
+) -> None:
+    """Write a checkpoint atomically: the file at `path` is the old one or the whole new one.
+
+    Args:
+        model: its `state_dict` is stored as `model.*`.
+        momentum: SGD's momentum of each parameter by its name, stored as `momentum.*`.
+        metadata: what JSON can hold, with at least the keys that `load_checkpoint` describes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"momentum.{name}": tensor for name, tensor in momentum.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"format": FORMAT, "metadata": json.dumps(metadata, allow_nan=False)}
+    write_atomically(path, save(tensors, header))
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint and check that its tensors are those of the network it describes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged, or not a checkpoint of this package.
+    """
+    path = Path(path)
+    if not path.is_file():
+        problem = "it is not a file" if path.exists() else "there is no such file"
+        raise FileNotFoundError(f"checkpoint {path}: {problem}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path}: damaged, or not a safetensors file ({error})") from error
+    metadata = _metadata(path, header)
+    weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    momentum = {name[9:]: tensor for name, tensor in tensors.items() if name.startswith("momentum.")}
+
+    description = metadata["model"]
+    try:
+        model = build_model(description["name"], description["arguments"])
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: more than the memory holds
+        raise CheckpointError(f"checkpoint {path}: describes no known network ({error})") from error
+    _match(path, "model", weights, model.state_dict())
+    if momentum:  # a run without momentum stores none
+        _match(path, "momentum", momentum, dict(model.named_parameters()))
+    model.load_state_dict(weights)
+    return Checkpoint(metadata, model.eval(), momentum)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network in a checkpoint, in eval mode on `device`, and the description of its run.
+
+    Returns:
+        The model, and a dict: `model` (`name`, `arguments`), `settings`, `epoch` (how many are done),
+            `history` (a dict
+        for each epoch), `versions`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged, or not a checkpoint of this package.
+    """
+    checkpoint = read_checkpoint(path)
+    return checkpoint.model.to(device), checkpoint.metadata
+
+
+def _metadata(path: Path, header: dict[str, str]) -> dict[str, Any]:
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {path}: a safetensors file, but not written by `sparta train`")
+    try:
+        metadata = json.loads(header["metadata"])
+        description = metadata["model"]
+        kinds = {"settings": dict, "history": list, "epoch": int}
+        wrong = [name for name, kind in kinds.items() if not isinstance(metadata[name], kind)]
+        if (
+            wrong
+            or not isinstance(description["name"], str)
+            or not isinstance(description["arguments"], dict)
+        ):
+            raise TypeError(", ".join(wrong) or "model")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path}: its description is damaged ({error})") from error
+    checked: dict[str, Any] = metadata
+    return checked
+
+
+def _match(path: Path, kind: str, given: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Refuse tensors whose names, shapes or dtypes are not those of the model described."""
+    names = sorted(given.keys() ^ wanted.keys())
+    if names:
+        state = "missing" if names[0] in wanted else "unknown"
+        raise CheckpointError(
+            f"checkpoint {path}: {state} tensor {kind}.{names[0]} ({len(names)} names do not match)"
+        )
+    for name, tensor in given.items():
+        expected = wanted[name]
+        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+            raise CheckpointError(
+                f"checkpoint {path}: {kind}.{name} must be {expected.dtype} {tuple(expected.shape)}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
