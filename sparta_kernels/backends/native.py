@@ -32,9 +32,11 @@ def _rows(image: Tensor, planar: bool) -> tuple[int, int] | None:
     """Sample stride and row stride of an image batch whose rows are contiguous, or None where they are not.
 
     A row is a channel's pixels (planar) or a pixel's channels. Strides of extents below 2 say nothing, and are not
-    looked at.
+    looked at; an empty batch has no rows to lie anywhere.
     """
     _, channels, height, width = image.shape
+    if image.numel() == 0:
+        return 0, 0
     sample_stride, channel_stride, height_stride, width_stride = image.stride()
     if width == 1:
         pixel_stride = height_stride

@@ -80,7 +80,7 @@ class _DynamicConvBackward(torch.autograd.Function):
         ctx.save_for_backward(grad_output, spatial, kernel)
 
     @staticmethod
-    def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_output, *inputs = ctx.saved_tensors
         grads = second_order(
             reference.dynamic_conv, inputs, grad_output, ctx.wanted, grad_grads, ctx.needs_input_grad[:3]

@@ -115,7 +115,7 @@ class _GateBackward(torch.autograd.Function):
         ctx.save_for_backward(gy, x, spatial, channel, kernel)
 
     @staticmethod
-    def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:
         gy, *inputs = ctx.saved_tensors
         grads = second_order(
             lambda *tensors: reference.gate(*tensors, share=ctx.share),

@@ -31,7 +31,7 @@ def second_order(
     inputs: Sequence[Tensor | None],
     grad_output: Tensor,
     wanted: Sequence[bool],
-    grad_grads: Sequence[Tensor | None],
+    grad_grads: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradient of a gradient, by torch's own autograd over the plain PyTorch `function`.
@@ -44,36 +44,22 @@ def second_order(
         grad_grads: the incoming gradients of those gradients.
         needed: for ``(grad_output, *inputs)``, whose gradient is asked for.
     """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views, so that differentiating stops here even where an input is itself computed from another.
-        tensors = [None if t is None else t.view_as(t) for t in inputs]
-        gy = grad_output.view_as(grad_output)
-        for tensor, want in zip(tensors, wanted, strict=True):
-            if tensor is not None and want and not tensor.requires_grad:
-                tensor.requires_grad_()
-        for tensor, need in zip([gy, *tensors], needed, strict=True):
-            if tensor is not None and need and not tensor.requires_grad:
-                tensor.requires_grad_()
-        first_inputs = [t for t, want in zip(tensors, wanted, strict=True) if want and t is not None]
-        first = torch.autograd.grad(function(*tensors), first_inputs, gy, create_graph=True)
-        pairs = [
-            (gradient, grad_grad)
-            for gradient, grad_grad in zip(
-                first, (g for g, want in zip(grad_grads, wanted, strict=True) if want), strict=True
-            )
-            if grad_grad is not None and gradient.requires_grad
-        ]
-        asked = [t for t, need in zip([gy, *tensors], needed, strict=True) if need and t is not None]
-        second = torch.autograd.grad(
-            [gradient for gradient, _ in pairs],
-            asked,
-            [grad_grad for _, grad_grad in pairs],
-            allow_unused=True,
-            create_graph=create_graph,
-        )
-    found = iter(second)
-    return [
-        next(found) if need and t is not None else None
-        for t, need in zip([gy, *tensors], needed, strict=True)
-    ]
+    tensors = [grad_output, *inputs]
+    asked = [i for i, (tensor, need) in enumerate(zip(tensors, needed, strict=True)) if need and tensor is not None]
+
+    def first_order(*values: Tensor) -> tuple[Tensor, ...]:
+        known = dict(zip(asked, values, strict=True))
+        gy, *args = (known.get(i, tensor) for i, tensor in enumerate(tensors))
+        differentiated = [i for i, want in enumerate(wanted) if want and args[i] is not None]
+
+        def forward(*chosen: Tensor) -> Tensor:
+            replaced = dict(zip(differentiated, chosen, strict=True))
+            return function(*(replaced.get(i, arg) for i, arg in enumerate(args)))
+
+        return torch.func.vjp(forward, *(args[i] for i in differentiated))[1](gy)
+
+    # torch.func, not torch.autograd: it nests, under its own transforms too.
+    incoming = (g for g, want in zip(grad_grads, wanted, strict=True) if want)
+    second = torch.func.vjp(first_order, *(tensors[i] for i in asked))[1](tuple(incoming))
+    found = dict(zip(asked, second, strict=True))
+    return [found.get(i) for i in range(len(tensors))]

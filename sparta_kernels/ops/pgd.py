@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sparta_kernels import backends, reference
 from sparta_kernels.ops.checks import (
@@ -27,6 +28,7 @@ def _step(
     upper: float,
     backend: str,
 ) -> None:
+    increment_version(adv)  # so that autograd notices a write into what it saved
     backends.MODULES[backend].pgd_step(adv, grad, clean, signed_step, eps, lower, upper)
 
 
@@ -41,6 +43,7 @@ def _start(
     upper: float,
     backend: str,
 ) -> None:
+    increment_version(adv)
     backends.MODULES[backend].pgd_start(adv, clean, indices, eps, seed, restart, lower, upper)
 
 
