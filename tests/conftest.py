@@ -1,0 +1,116 @@
+"""Settings and fixtures that the tests share: hypothesis profiles, the backends, outputs under guard."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+from sparta_kernels import backends
+from sparta_kernels.backends import native
+
+# `backend` below sets the instruction set once for all the examples of a test, so sharing it between them is meant.
+_shared = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+settings.register_profile("quick", max_examples=25, derandomize=True, **_shared)
+settings.register_profile("thorough", max_examples=1000, **_shared)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+# Every backend that is compared with the reference, and for the compiled one every instruction set that runs here.
+# A further backend is a further line: BACKENDS += [("triton", None)].
+BACKENDS: list[tuple[str, str | None]] = [("native", isa) for isa in native._native.supported_isas()]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes seconds and gigabytes (skipped where memory is short)")
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda param: "-".join(filter(None, param)))
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend's name, for the argument of that name; while it lasts, the instruction set is the parameter's."""
+    name, isa = request.param
+    before = native._native.isa()
+    native._native.set_isa(isa or before)
+    yield name
+    native._native.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def _as_found() -> Iterator[None]:
+    """No test leaves another backend, instruction set or number of threads behind."""
+    requested, isa, threads = backends._requested, native._native.isa(), torch.get_num_threads()
+    yield
+    assert backends._requested == requested, "the test left another backend"
+    assert native._native.isa() == isa, "the test left another instruction set"
+    torch.set_num_threads(threads)
+
+
+class GuardedTorch:
+    """torch, for one module, with an `empty_like` whose memory is NaN and lies between two guards.
+
+    A kernel that does not write an element leaves a NaN in it; one that writes beside its output hurts a guard.
+    """
+
+    GUARD = 64  # elements on either side: a register of the widest instruction set, four times
+    VALUE = 12345.0
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty_like(self, model: Tensor, **options: Any) -> Tensor:
+        plain = torch.empty_like(model, **options)
+        buffer = torch.full((plain.numel() + 2 * self.GUARD,), self.VALUE, dtype=plain.dtype)
+        buffer[self.GUARD : self.GUARD + plain.numel()] = torch.nan
+        self._buffers.append(buffer)
+        return buffer.as_strided(plain.shape, plain.stride(), self.GUARD)
+
+    def check(self) -> None:
+        for buffer in self._buffers:
+            expected = torch.tensor(self.VALUE, dtype=buffer.dtype)
+            assert (buffer[: self.GUARD] == expected).all(), "written in front of an output"
+            assert (buffer[-self.GUARD :] == expected).all(), "written behind an output"
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Outputs are NaN until they are written, and stand under guard; call it to look whether a guard is hurt."""
+    guarded_torch = GuardedTorch()
+    for module in backends.MODULES.values():
+        monkeypatch.setattr(module, "torch", guarded_torch)
+    return guarded_torch.check
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@pytest.fixture
+def large_zeros() -> Callable[..., Tensor]:
+    """Zeros that cost no memory until they are written (calloc's pages are all one page of zeros); skips the test
+    where there is no room for `outputs` real tensors of that size."""
+
+    def make(*shape: int, dtype: torch.dtype, outputs: int, channels_last: bool = False) -> Tensor:
+        size = math.prod(shape)
+        needed = outputs * size * dtype.itemsize + 2**30
+        if _available_bytes() < needed:
+            pytest.skip(f"needs {needed / 2**30:.1f} GiB of free memory")
+        zeros = torch.from_numpy(np.zeros(size * dtype.itemsize, dtype=np.uint8)).view(dtype)
+        if channels_last:
+            n, c, h, w = shape
+            return zeros.view(n, h, w, c).permute(0, 3, 1, 2)
+        return zeros.view(shape)
+
+    return make
