@@ -91,6 +91,8 @@ struct PgdStart {
   int threads;
 };
 
+int64_t last_level_cache();  // bytes
+
 // clang-format off
 #define SPARTA_DECLARE_CPU_KERNELS            \
   void gate_forward(const GateForward&);      \
@@ -109,6 +111,9 @@ namespace avx2 {
 SPARTA_DECLARE_CPU_KERNELS
 }
 namespace avx512 {
+SPARTA_DECLARE_CPU_KERNELS
+}
+namespace avx512_bf16 {
 SPARTA_DECLARE_CPU_KERNELS
 }
 

@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 
+#include "../kernels.h"
 #include "simd.h"
 
 namespace sparta {
@@ -28,6 +29,13 @@ SPARTA_INLINE int useful_threads(int threads, int64_t elements) {
   return static_cast<int>(max(1, min(threads, ceil_div(elements, 32768))));
 }
 
+// Whether results of `bytes` bytes, in rows `row_bytes` apart, are written past the cache: they are aligned to whole
+// registers, and at least as large as the last-level cache, so that little of them would still be there when it is read.
+SPARTA_INLINE bool bypasses_cache(const void* to, int64_t row_bytes, int64_t sample_bytes, int64_t bytes) {
+  const auto misaligned = reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(row_bytes | sample_bytes);
+  return bytes >= last_level_cache() && misaligned % 64 == 0;
+}
+
 // Small tensors come in any dtype; sums and factors are kept in the accumulator's.
 template <class Acc>
 void read(const Dense& from, int64_t offset, int64_t count, Acc* to) {
@@ -40,7 +48,10 @@ void read(const Dense& from, int64_t offset, int64_t count, Acc* to) {
       for (int64_t i = 0; i < count; i += kFloatLanes) {
         const int64_t lanes = min(kFloatLanes, count - i);
         const FloatVector value = load_partial(source + i, lanes);
-        for (int64_t lane = 0; lane < lanes; ++lane) to[i + lane] = value[lane];
+        if constexpr (sizeof(Acc) == sizeof(float))
+          store_partial(to + i, value, lanes);
+        else
+          for (int64_t lane = 0; lane < lanes; ++lane) to[i + lane] = value[lane];
       }
     }
   });
@@ -57,7 +68,10 @@ void write(const Dense& to, int64_t offset, int64_t count, const Acc* from) {
       for (int64_t i = 0; i < count; i += kFloatLanes) {
         const int64_t lanes = min(kFloatLanes, count - i);
         FloatVector value{};
-        for (int64_t lane = 0; lane < lanes; ++lane) value[lane] = static_cast<float>(from[i + lane]);
+        if constexpr (sizeof(Acc) == sizeof(float))
+          value = load_partial(from + i, lanes);
+        else
+          for (int64_t lane = 0; lane < lanes; ++lane) value[lane] = static_cast<float>(from[i + lane]);
         store_partial(target + i, value, lanes);
       }
     }

@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <atomic>
+#include <fstream>
 #include <stdexcept>
 
 namespace sparta {
@@ -16,6 +17,7 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 #define SPARTA_CPU_KERNELS(isa, supported)                                                         \
@@ -29,6 +31,7 @@ const CpuKernels kBuilt[] = {
 #if defined(SPARTA_X86_LEVELS)
     SPARTA_CPU_KERNELS(avx2, has_avx2),
     SPARTA_CPU_KERNELS(avx512, has_avx512),
+    SPARTA_CPU_KERNELS(avx512_bf16, has_avx512_bf16),
 #endif
 };
 
@@ -44,7 +47,22 @@ std::atomic<const CpuKernels*>& chosen() {
   return kernels;
 }
 
+// From sysfs: in a virtual machine sysconf may name the whole host's cache.
+int64_t read_last_level_cache() {
+  int64_t kilobytes = 0;
+  for (const char* level : {"index3", "index2"}) {
+    std::ifstream file(std::string("/sys/devices/system/cpu/cpu0/cache/") + level + "/size");
+    if (file >> kilobytes && kilobytes > 0) return kilobytes * 1024;
+  }
+  return int64_t{32} << 20;
+}
+
 }  // namespace
+
+int64_t last_level_cache() {
+  static const int64_t bytes = read_last_level_cache();
+  return bytes;
+}
 
 const CpuKernels& cpu_kernels() { return *chosen().load(std::memory_order_relaxed); }
 

@@ -86,7 +86,7 @@ struct Factors {
     }
   }
 
-  // Columns are read a register at a time, so there is a register's room behind the last.
+  // Read and written a register at a time, so there is a register's room behind the last.
   static int64_t padded(int64_t count) { return count + kFloatLanes; }
   static int64_t room(const Chunks& chunks) {
     return padded(min(chunks.bands * chunks.shape.share, chunks.shape.height) * chunks.shape.width);
@@ -94,27 +94,41 @@ struct Factors {
 };
 
 template <class T>
+SPARTA_INLINE typename Simd<T>::Vector gated(typename Simd<T>::Vector x, typename Accumulator<T>::type row_factor,
+                                             typename Simd<T>::Vector col_factor) {
+  using Acc = typename Accumulator<T>::type;
+  constexpr bool precise = sizeof(T) >= sizeof(float);
+  return gate(x, sigmoid_scaled<precise>(row_factor * static_cast<Acc>(kLogitScale) * col_factor));
+}
+
+template <class T, bool stream>
 SPARTA_INLINE void forward_row(const T* x, T* y, typename Accumulator<T>::type row_factor,
                                const typename Accumulator<T>::type* col_factor, int64_t cols) {
   using Lanes = Simd<T>;
-  using Acc = typename Accumulator<T>::type;
+  using Columns = Simd<typename Accumulator<T>::type>;
   int64_t k = 0;
   for (; k + Lanes::lanes <= cols; k += Lanes::lanes) {
-    const auto phi = sigmoid(row_factor * Simd<Acc>::load(col_factor + k));
-    Lanes::store(y + k, gate(Lanes::load(x + k), phi));
+    prefetch_read(x + k);
+    const auto value = gated<T>(Lanes::load(x + k), row_factor, Columns::load(col_factor + k));
+    if constexpr (stream) {
+      Lanes::stream(y + k, value);
+    } else {
+      prefetch_write(y + k);
+      Lanes::store(y + k, value);
+    }
   }
   if (k < cols) {
-    const auto phi = sigmoid(row_factor * Simd<Acc>::load(col_factor + k));
-    store_partial(y + k, gate(load_partial(x + k, cols - k), phi), cols - k);
+    const auto value = gated<T>(load_partial(x + k, cols - k), row_factor, Columns::load(col_factor + k));
+    store_partial(y + k, value, cols - k);
   }
 }
 
-template <class T>
+template <class T, bool stream>
 void forward(const GateForward& args) {
   using Acc = typename Accumulator<T>::type;
   const Chunks chunks(args.shape);
   const bool planar = args.shape.planar;
-  const int64_t tasks = chunks.tasks();
+  const int64_t tasks = chunks.tasks(), x_stride = args.x.row_stride, y_stride = args.y.row_stride;
   const int64_t elements = args.shape.samples * args.shape.channels * args.shape.pixels();
 #pragma omp parallel num_threads(useful_threads(args.threads, elements))
   {
@@ -127,69 +141,126 @@ void forward(const GateForward& args) {
       factors.load(args, part);
       const T* x = part.start<const T>(args.x, planar);
       T* y = part.start<T>(args.y, planar);
-      for (int64_t r = 0; r < part.rows; ++r)
-        forward_row(x + r * args.x.row_stride, y + r * args.y.row_stride, row_factor[r], col_factor, part.cols);
+      if (part.cols == Simd<T>::lanes)  // one register a row: with a constant the compiler drops the loop in forward_row
+        for (int64_t r = 0; r < part.rows; ++r)
+          forward_row<T, stream>(x + r * x_stride, y + r * y_stride, row_factor[r], col_factor, Simd<T>::lanes);
+      else
+        for (int64_t r = 0; r < part.rows; ++r)
+          forward_row<T, stream>(x + r * x_stride, y + r * y_stride, row_factor[r], col_factor, part.cols);
     }
   }
 }
 
+// What one register of x and gy gives: gx, and the terms of the two factors' gradients.
 template <class T, bool want_input, bool want_factors>
-struct BackwardRow {
+struct Gradients {
+  using Vector = typename Simd<T>::Vector;
+  Vector gx{}, row{}, col{};
+
+  SPARTA_INLINE Gradients(Vector x, Vector gy, typename Accumulator<T>::type row_factor, Vector col_factor) {
+    constexpr bool precise = sizeof(T) >= sizeof(float);
+    using Acc = typename Accumulator<T>::type;
+    const Vector phi = sigmoid_scaled<precise>(row_factor * static_cast<Acc>(kLogitScale) * col_factor);
+    if (want_input) gx = gate_grad_input(x, gy, phi);
+    if (want_factors) {
+      const Vector gz = gate_grad_logit(x, gy, phi);
+      row = gz * col_factor;
+      col = gz * row_factor;
+    }
+  }
+  // Zero for the columns from `count` on: what was computed there is meaningless, and may be NaN.
+  SPARTA_INLINE void keep(int64_t count) {
+    row = first_lanes(row, count);
+    col = first_lanes(col, count);
+  }
+};
+
+// One chunk of one sample: writes gx, adds to grad_col, and sets grad_row.
+template <class T, bool want_input, bool want_factors, bool stream>
+struct BackwardChunk {
   using Acc = typename Accumulator<T>::type;
   using Lanes = Simd<T>;
   using Vector = typename Lanes::Vector;
+  using Grads = Gradients<T, want_input, want_factors>;
 
   const T *x, *gy;
   T* gx;
-  Acc row_factor;
-  const Acc* col_factor;
-  Acc* grad_col;  // added to
+  int64_t x_stride, gy_stride, gx_stride;
+  int64_t rows, cols;
+  const Acc *row_factor, *col_factor;
+  Acc *grad_row, *grad_col;
 
-  struct Grads {
-    Vector gx, row, col;
-  };
-
-  SPARTA_INLINE Grads at(Vector x_value, Vector gy_value, int64_t k) const {
-    const Vector col = Simd<Acc>::load(col_factor + k);
-    const Vector phi = sigmoid(row_factor * col);
-    Grads grads{};
-    if (want_input) grads.gx = gate_grad_input(x_value, gy_value, phi);
-    if (want_factors) {
-      const Vector gz = gate_grad_logit(x_value, gy_value, phi);
-      grads.row = gz * col;
-      grads.col = gz * row_factor;
-    }
-    return grads;
-  }
-
-  // Writes gx, adds to grad_col, and returns the row factor's gradient.
-  SPARTA_INLINE Acc run(int64_t cols) const {
-    Vector grad_row{};
+  // A row's gradient, still spread over a register's lanes.
+  SPARTA_INLINE Vector long_row(int64_t r) const {
+    const T *x_row = x + r * x_stride, *gy_row = gy + r * gy_stride;
+    T* gx_row = want_input ? gx + r * gx_stride : nullptr;
+    const Acc factor = row_factor[r];
+    Vector total{};
     int64_t k = 0;
     for (; k + Lanes::lanes <= cols; k += Lanes::lanes) {
-      const Grads grads = at(Lanes::load(x + k), Lanes::load(gy + k), k);
-      if (want_input) Lanes::store(gx + k, grads.gx);
+      prefetch_read(x_row + k);
+      prefetch_read(gy_row + k);
+      const Grads grads(Lanes::load(x_row + k), Lanes::load(gy_row + k), factor, Simd<Acc>::load(col_factor + k));
+      if (want_input && stream) {
+        Lanes::stream(gx_row + k, grads.gx);
+      } else if (want_input) {
+        prefetch_write(gx_row + k);
+        Lanes::store(gx_row + k, grads.gx);
+      }
       if (want_factors) {
-        grad_row += grads.row;
+        total += grads.row;
         Simd<Acc>::store(grad_col + k, Simd<Acc>::load(grad_col + k) + grads.col);
       }
     }
-    Acc total = want_factors ? sum(grad_row) : Acc{};
     if (k < cols) {
-      const Grads grads = at(load_partial(x + k, cols - k), load_partial(gy + k, cols - k), k);
-      if (want_input) store_partial(gx + k, grads.gx, cols - k);
-      if (want_factors) {
-        // What lies in the register behind the last column may be anything, NaN too: it must not be summed.
-        Acc row[Lanes::lanes], col[Lanes::lanes];
-        Simd<Acc>::store(row, grads.row);
-        Simd<Acc>::store(col, grads.col);
-        for (int64_t i = 0; i < cols - k; ++i) {
-          total += row[i];
-          grad_col[k + i] += col[i];
-        }
-      }
+      Vector grad_cols = Simd<Acc>::load(grad_col + k);
+      total += short_row(x_row + k, gy_row + k, gx_row + k, cols - k, factor, Simd<Acc>::load(col_factor + k), grad_cols);
+      if (want_factors) Simd<Acc>::store(grad_col + k, grad_cols);
     }
     return total;
+  }
+
+  // The same for at most a register's columns, whose factor and gradient the caller keeps in registers.
+  SPARTA_INLINE Vector short_row(const T* x_row, const T* gy_row, T* gx_row, int64_t count, Acc factor, Vector columns,
+                                 Vector& grad_cols) const {
+    Grads grads(load_partial(x_row, count), load_partial(gy_row, count), factor, columns);
+    if (want_input) store_partial(gx_row, grads.gx, count);
+    if (want_factors) {
+      grads.keep(count);
+      grad_cols += grads.col;
+    }
+    return grads.row;
+  }
+
+  // Rows in groups, whose sums are finished together.
+  template <class Row>
+  SPARTA_INLINE void for_rows(Row row) const {
+    constexpr int group = Lanes::lanes;
+    for (int64_t first = 0; first < rows; first += group) {
+      Vector totals[group];
+      const int64_t count = min(group, rows - first);
+      for (int64_t i = 0; i < count; ++i) totals[i] = row(first + i);
+      if (!want_factors) continue;
+      for (int64_t i = count; i < group; ++i) totals[i] = Vector{};
+      Simd<Acc>::store(grad_row + first, sums(totals));
+    }
+  }
+
+  void run() const {
+    if (cols > Lanes::lanes) return for_rows([&](int64_t r) { return long_row(r); });
+    const Vector columns = Simd<Acc>::load(col_factor);
+    Vector grad_cols{};
+    const auto row = [&](int64_t r, int64_t count) {
+      prefetch_read(x + r * x_stride);
+      prefetch_read(gy + r * gy_stride);
+      T* gx_row = want_input ? gx + r * gx_stride : nullptr;
+      return short_row(x + r * x_stride, gy + r * gy_stride, gx_row, count, row_factor[r], columns, grad_cols);
+    };
+    if (cols == Lanes::lanes)  // so that the compiler sees whole registers
+      for_rows([&](int64_t r) { return row(r, Lanes::lanes); });
+    else
+      for_rows([&](int64_t r) { return row(r, cols); });
+    if (want_factors) Simd<Acc>::store(grad_col, grad_cols);
   }
 };
 
@@ -206,6 +277,7 @@ Acc finish_pixels(const GateBackward& args, const Part& part, Factors<Acc>& fact
   }
   Acc grad_kernel = 0;
   if (args.grad_kernel.data != nullptr)
+#pragma omp simd reduction(+ : grad_kernel)
     for (int64_t i = 0; i < part.cells; ++i) grad_kernel += gs[i] * factors.cells[i];
   if (args.grad_spatial.data != nullptr) {
     for (int64_t i = 0; i < part.cells; ++i) gs[i] *= factors.kernel;
@@ -214,16 +286,24 @@ Acc finish_pixels(const GateBackward& args, const Part& part, Factors<Acc>& fact
   return grad_kernel;
 }
 
-template <class T, bool want_input, bool want_factors>
+template <class Acc>
+void finish_sample(const GateBackward& args, int64_t sample, const Acc* grad_channel, Acc grad_kernel) {
+  const int64_t channels = args.shape.channels;
+  if (args.grad_channel.data != nullptr) write(args.grad_channel, sample * channels, channels, grad_channel);
+  if (args.grad_kernel.data != nullptr) write(args.grad_kernel, sample, 1, &grad_kernel);
+}
+
+template <class T, bool want_input, bool want_factors, bool stream>
 void backward(const GateBackward& args) {
   using Acc = typename Accumulator<T>::type;
   const GateShape& s = args.shape;
   const Chunks chunks(s);
   const bool planar = s.planar;
   const int64_t tasks = chunks.tasks();
-  // gchannel and gkernel sum over a whole sample: a chunk leaves its part here, and a second stage adds them in order.
+  // gchannel and gkernel sum over a whole sample: where that is several chunks, each leaves its part here, and a second
+  // stage adds them in order.
   const int64_t partial_size = s.channels + 1;
-  Scratch<Acc> partial_memory(want_factors ? tasks * partial_size : 0);
+  Scratch<Acc> partial_memory(want_factors && chunks.count > 1 ? tasks * partial_size : 0);
   Acc* partials = partial_memory;
 #pragma omp parallel num_threads(useful_threads(args.threads, s.samples * s.channels * s.pixels()))
   {
@@ -241,36 +321,49 @@ void backward(const GateBackward& args) {
       T* gx = want_input ? part.start<T>(args.gx, planar) : nullptr;
       if (want_factors)
         for (int64_t k = 0; k < part.cols; ++k) grad_col[k] = 0;
-      for (int64_t r = 0; r < part.rows; ++r) {
-        const BackwardRow<T, want_input, want_factors> row{
-            x + r * args.x.row_stride, gy + r * args.gy.row_stride, want_input ? gx + r * args.gx.row_stride : nullptr,
-            row_factor[r], col_factor, grad_col};
-        const Acc total = row.run(part.cols);
-        if (want_factors) grad_row[r] = total;
-      }
+      BackwardChunk<T, want_input, want_factors, stream>{
+          x,         gy,        gx,         args.x.row_stride, args.gy.row_stride, args.gx.row_stride,
+          part.rows, part.cols, row_factor, col_factor,        grad_row,           grad_col}
+          .run();
       if (want_factors) {
-        Acc* partial = partials + task * partial_size;
-        for (int64_t c = 0; c < s.channels; ++c) partial[c] = factors.grad_channel[c];
-        partial[s.channels] = finish_pixels(args, part, factors);
+        const Acc grad_kernel = finish_pixels(args, part, factors);
+        if (chunks.count == 1) {
+          finish_sample<Acc>(args, part.sample, factors.grad_channel, grad_kernel);
+        } else {
+          Acc* partial = partials + task * partial_size;
+          for (int64_t c = 0; c < s.channels; ++c) partial[c] = factors.grad_channel[c];
+          partial[s.channels] = grad_kernel;
+        }
       }
     }
-    if (want_factors) {
+    if (want_factors && chunks.count > 1) {
 #pragma omp for schedule(static)
       for (int64_t sample = 0; sample < s.samples; ++sample) {
         Acc* total = partials + sample * chunks.count * partial_size;
         for (int64_t chunk = 1; chunk < chunks.count; ++chunk)
           for (int64_t i = 0; i < partial_size; ++i) total[i] += total[chunk * partial_size + i];
-        if (args.grad_channel.data != nullptr) write(args.grad_channel, sample * s.channels, s.channels, total);
-        if (args.grad_kernel.data != nullptr) write(args.grad_kernel, sample, 1, total + s.channels);
+        finish_sample<Acc>(args, sample, total, total[s.channels]);
       }
     }
   }
 }
 
+template <class T>
+bool streams(const GateShape& shape, const Matrices& to) {
+  const int64_t size = sizeof(T), elements = shape.samples * shape.channels * shape.pixels();
+  // A chunk may start in the middle of a row: at a whole register too, if image rows are whole registers.
+  const int64_t band = shape.planar ? shape.width * size : 0;
+  return bypasses_cache(to.data, to.row_stride * size | band, to.sample_stride * size, elements * size);
+}
+
 }  // namespace
 
 void gate_forward(const GateForward& args) {
-  with_type(args.dtype, [&](auto type) { forward<decltype(type)>(args); });
+  with_type(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (streams<T>(args.shape, args.y)) return forward<T, true>(args);
+    return forward<T, false>(args);
+  });
 }
 
 void gate_backward(const GateBackward& args) {
@@ -279,9 +372,10 @@ void gate_backward(const GateBackward& args) {
                             args.grad_kernel.data != nullptr;
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
-    if (want_input && want_factors) return backward<T, true, true>(args);
-    if (want_input) return backward<T, true, false>(args);
-    if (want_factors) return backward<T, false, true>(args);
+    const bool stream = want_input && streams<T>(args.shape, args.gx);
+    if (want_input && want_factors) return stream ? backward<T, true, true, true>(args) : backward<T, true, true, false>(args);
+    if (want_input) return stream ? backward<T, true, false, true>(args) : backward<T, true, false, false>(args);
+    if (want_factors) return backward<T, false, true, false>(args);
   });
 }
 
