@@ -20,6 +20,7 @@ from . import backends, build_info, data, report, training
 from .attack import checks
 from .data.files import check_writable
 from .evaluation import evaluate as evaluate_model
+from .nn import ResNet
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 
@@ -331,17 +332,16 @@ def _check_output(name: str | None, option: str) -> None:
 
 def _load_models(
     paths: Sequence[Path], dataset: data.Dataset, device: torch.device
-) -> dict[str, tuple[Path, torch.nn.Module]]:
+) -> dict[str, tuple[Path, ResNet]]:
     """The networks in these files, by a short name of each; all must fit the data set."""
-    models = {}
+    models: dict[str, tuple[Path, ResNet]] = {}
     stems = [path.stem for path in paths]
     for path in paths:
         try:
-            model, metadata = training.load_checkpoint(path, device)
+            model, _ = training.load_checkpoint(path, device)
         except (training.CheckpointError, OSError) as error:
             raise typer.BadParameter(str(error), param_hint="CHECKPOINTS") from error
-        arguments = metadata["model"]["arguments"]
-        shape = (arguments["in_channels"], arguments["num_classes"])
+        shape = (model.in_channels, model.linear.out_features)
         if shape != (dataset.shape[0], dataset.classes):
             raise typer.BadParameter(
                 f"{dataset.name} has {dataset.shape[0]} channels and {dataset.classes} classes, "

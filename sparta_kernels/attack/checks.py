@@ -124,8 +124,8 @@ def iterates(where: str, value: object, steps: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def model(where: str, value: object, like: Tensor | None = None) -> nn.Module:
-    """A module all in eval mode and, given `like`, with its parameters (or some of them) on that device."""
+def model(where: str, value: object, like: object) -> nn.Module:
+    """A module all in eval mode with its parameters, or some of them, on the images' device."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(value).__name__}")
     for name, module in value.named_modules():
@@ -135,6 +135,6 @@ def model(where: str, value: object, like: Tensor | None = None) -> nn.Module:
                 f"{where}: model must be in eval mode (call model.eval()), got {part} in training mode"
             )
     devices = {parameter.device for parameter in value.parameters()}
-    if like is not None and devices and like.device not in devices:
+    if isinstance(like, Tensor) and devices and like.device not in devices:
         raise ValueError(f"{where}: images must be on the model's device {devices.pop()}, got {like.device}")
     return value

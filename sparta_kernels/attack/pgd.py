@@ -100,8 +100,8 @@ def pgd(
             one that does not return (N, classes) logits that depend on the images is a ValueError.
     """
     where = "pgd"
-    images = checks.images(where, images)
     checks.model(where, model, images)
+    images = checks.images(where, images)
     labels = checks.integers(where, "labels", labels, images)
     eps, step_size = checks.pixels(where, "eps", eps), checks.step(where, "step_size", step_size)
     steps = checks.integer(where, "steps", steps, low=1)

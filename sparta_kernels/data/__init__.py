@@ -15,7 +15,7 @@ DATASETS = {dataset.name: dataset for dataset in (DIGITS,)}
 
 def describe(name: str) -> Dataset:
     """The facts of the data set called `name`: classes, shape, mean and std. ValueError if unknown."""
-    if name not in DATASETS:
+    if not isinstance(name, str) or name not in DATASETS:
         raise ValueError(f"data: name must be one of {', '.join(DATASETS)}, got {name!r}")
     return DATASETS[name]
 

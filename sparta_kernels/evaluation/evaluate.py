@@ -90,10 +90,10 @@ def evaluate(
     where = "evaluate"
     if isinstance(images, Tensor) and images.dtype == torch.uint8:
         images = images.float() / 255
+    checks.model(where, model, images)
     images = checks.images(where, images)
     if not len(images):
         raise ValueError(f"{where}: images must hold at least one image, got shape {tuple(images.shape)}")
-    checks.model(where, model, images)
     labels = checks.integers(where, "labels", labels, images)
     eps, step_size = checks.pixels(where, "eps", eps), checks.step(where, "step_size", step_size)
     steps = checks.integer(where, "steps", steps, low=1)

@@ -12,7 +12,9 @@ from rich.table import Table
 def evaluation_table(results: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
     """One row for each checkpoint and backend in an evaluation's results: errors, speed and memory."""
     iterates = list(results[0]["errors"])
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, collapse_padding=True
+    )
     table.add_column("model", overflow="fold")
     table.add_column("backend", no_wrap=True)
     # Two-line headings: the table has to fit into 80 columns.

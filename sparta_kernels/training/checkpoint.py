@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import nn as networks
 from ..data.files import write_atomically
+from ..nn import ResNet
 from .settings import MODELS
 
 FORMAT = "sparta_kernels checkpoint 1"
@@ -29,11 +30,11 @@ class Checkpoint:
     """A checkpoint as read: its description, the network in eval mode, and the momentum by parameter name."""
 
     metadata: dict[str, Any]
-    model: nn.Module
+    model: ResNet
     momentum: dict[str, Tensor]
 
 
-def build_model(name: str, arguments: dict[str, Any]) -> nn.Module:
+def build_model(name: str, arguments: dict[str, Any]) -> ResNet:
     """The network called `name`, "resnet18" or "resnet34", with these keyword arguments.
 
     Raises:
@@ -41,7 +42,7 @@ def build_model(name: str, arguments: dict[str, Any]) -> nn.Module:
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    model: nn.Module = getattr(networks, name)(**arguments)
+    model: ResNet = getattr(networks, name)(**arguments)
     return model
 
 
@@ -100,7 +101,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def load_checkpoint(
     path: str | os.PathLike[str], device: torch.device | str = "cpu"
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[ResNet, dict[str, Any]]:
     """The network in a checkpoint, in eval mode on `device`, and the description of its run.
 
     Returns:

@@ -127,7 +127,10 @@ def train(
         for name, parameter in model.named_parameters():
             if name in previous.momentum:
                 optimizer.state[parameter]["momentum_buffer"] = previous.momentum[name].to(device)
-        history = [Epoch(**epoch) for epoch in previous.metadata["history"]]
+        try:
+            history = [Epoch(**epoch) for epoch in previous.metadata["history"]]
+        except TypeError as problem:
+            raise CheckpointError(f"checkpoint {path}: its history is damaged ({problem})") from problem
 
     for number in range(len(history) + 1, settings.epochs + 1):
         start = time.perf_counter()

@@ -1,0 +1,352 @@
+"""The command line: what it prints and saves; a wrong argument gives exit code 2 and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from sparta_kernels import cli, data, report, training
+from sparta_kernels.training import loop
+
+TRAIN = [
+    "--width",
+    "2",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "16",
+    "--attack-steps",
+    "1",
+    "--schedule",
+    "one-cycle",
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads only cost time on networks this small, the more so where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _few_images(monkeypatch):
+    """The first images of the digits, and a terminal of a known width."""
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *args: tuple(part[:40] for part in load(*args)))
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stored") / "net.safetensors"
+    settings = training.Settings(width=2, epochs=1, attack="none")
+    training.train(settings, path)
+    return path
+
+
+def test_info(tmp_path):
+    result = run("info", "--json", tmp_path / "info.json")
+    assert result.exit_code == 0, result.output
+    assert torch.__version__ in result.stdout
+    assert json.loads((tmp_path / "info.json").read_text())["versions"]["torch"] == torch.__version__
+    printed = run("info", "--json", "-")
+    assert json.loads(printed.stdout)["versions"]["torch"] == torch.__version__
+
+
+def test_train_and_resume(tmp_path):
+    path = tmp_path / "net.safetensors"
+    result = run("train", path, *TRAIN, "--eps", "8/255", "--json", tmp_path / "train.json", "--seed", 3)
+    assert result.exit_code == 0, result.output
+    for words in ("epoch  1", "robust error", "clean test error", "images/s", "ETA"):
+        assert words in result.stderr, words
+    assert "2 epochs, clean test error" in result.stdout
+    saved = json.loads((tmp_path / "train.json").read_text())
+    _, metadata = training.load_checkpoint(path)
+    assert saved["results"]["history"] == metadata["history"]
+    assert saved["settings"] == metadata["settings"]
+    assert metadata["settings"]["eps"] == 8 / 255
+    assert (saved["seed"], saved["settings"]["width"], saved["settings"]["milestones"]) == (3, 2, [30, 60])
+
+    assert run("train", path, *TRAIN, "--eps", "8/255", "--seed", 3, "--resume").exit_code == 0
+    assert run("train", path, *TRAIN, "--overwrite", "--attack", "none", "--milestones", "1,2").exit_code == 0
+    assert training.load_checkpoint(path)[1]["settings"]["milestones"] == [1, 2]
+
+
+def test_evaluate(checkpoint, tmp_path):
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(checkpoint.read_bytes())
+    out, plot = tmp_path / "out.json", tmp_path / "plot.png"
+    backends = ["--backend", "auto", "--backend", "reference"]
+    files = ["--json", out, "--plot", plot]
+    result = run(
+        "evaluate", checkpoint, other, "--steps", 11, "--eps", 0.1, "--step-size", "2/255", *backends, *files
+    )
+    assert result.exit_code == 0, result.output
+    for words in (
+        "40 digits test images, eps 25.5/255, step 2/255",
+        "PGD-10",
+        "PGD-11",
+        "net",
+        "other",
+        "reference",
+    ):
+        assert words in result.stdout, words
+    saved = json.loads(out.read_text())
+    assert [(row["model"], row["backend"].split()[0]) for row in saved["results"]] == [
+        (name, backend) for name in ("net", "other") for backend in ("auto", "reference")
+    ]
+    first, second = saved["results"][:2]
+    assert first["clean_error"] == second["clean_error"]
+    assert first["errors"].keys() == {"10", "11"}
+    assert len(first["loss_mean"]) == 12
+    assert first["loss_mean"] == pytest.approx(second["loss_mean"], rel=1e-3)
+    assert saved["settings"]["step_size"] == 2 / 255
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    printed = run("evaluate", checkpoint, "--steps", 1, "--json", "-")
+    assert json.loads(printed.stdout)["results"][0]["images"] == 40
+
+
+def test_same_names_are_told_apart(checkpoint, tmp_path):
+    (tmp_path / "b").mkdir()
+    other = tmp_path / "b" / checkpoint.name
+    other.write_bytes(checkpoint.read_bytes())
+    result = run("evaluate", checkpoint, other, "--steps", 1, "--json", "-")
+    assert [row["model"] for row in json.loads(result.stdout)["results"]] == [str(checkpoint), str(other)]
+
+
+TRAIN_WRONG = [
+    ("--data", "imagenet"),
+    ("--model", "vgg"),
+    ("--activation", "tanhh"),
+    ("--sites", "G9.B2"),
+    ("--width", "0"),
+    ("--epochs", "0"),
+    ("--epochs", "many"),
+    ("--batch-size", "1"),
+    ("--learning-rate", "0"),
+    ("--learning-rate", "nan"),
+    ("--schedule", "cosine"),
+    ("--milestones", "1,x"),
+    ("--milestones", "0"),
+    ("--momentum", "1"),
+    ("--weight-decay", "-1"),
+    ("--attack", "fgsm"),
+    ("--eps", "16"),
+    ("--eps", "1/0"),
+    ("--eps", "x"),
+    ("--eps", "nan"),
+    ("--attack-steps", "0"),
+    ("--seed", "-1"),
+    ("--backend", "cudnn"),
+    ("--device", "tpu"),
+    ("--device", "cuda:99"),
+    ("--device", "meta"),
+    ("--threads", "0"),
+    ("--json", "{tmp}"),
+    ("--json", "{tmp}/none/out.json"),
+    ("--unknown", "1"),
+]
+
+EVALUATE_WRONG = [
+    ("--data", "imagenet"),
+    ("--steps", "0"),
+    ("--eps", "-1/255"),
+    ("--step-size", "0"),
+    ("--step-size", "1/255/3"),
+    ("--batch-size", "0"),
+    ("--backend", "cudnn"),
+    ("--seed", "x"),
+    ("--device", "tpu"),
+    ("--threads", "-1"),
+    ("--json", "{tmp}"),
+    ("--json", "/proc/sparta.json"),
+    ("--plot", "{tmp}/none/plot.png"),
+    ("--plot", "{tmp}/plot.doc"),
+    ("--plot", "/proc/plot.png"),
+    ("--unknown", "1"),
+]
+
+
+def _one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    err = capsys.readouterr().err
+    return stop.value.code, err
+
+
+@pytest.mark.parametrize(("option", "value"), TRAIN_WRONG)
+def test_wrong_training_arguments(tmp_path, capsys, option, value):
+    arguments = ["train", tmp_path / "net.safetensors", "--width", "2", option, value.format(tmp=tmp_path)]
+    code, err = _one_line(arguments, capsys)
+    assert code == 2, err
+    assert option in err
+    assert err.count("\n") == 1
+    assert err.startswith("sparta: ")
+    assert not os.listdir(tmp_path)
+    assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(("option", "value"), EVALUATE_WRONG)
+def test_wrong_evaluation_arguments(checkpoint, tmp_path, capsys, monkeypatch, option, value):
+    monkeypatch.setattr(cli, "evaluate_model", None)  # never reached
+    arguments = ["evaluate", checkpoint, option, value.format(tmp=tmp_path)]
+    code, err = _one_line(arguments, capsys)
+    assert code == 2, err
+    assert option in err
+    assert err.count("\n") == 1
+    assert not os.listdir(tmp_path)
+    assert run(*arguments).exit_code == 2
+
+
+def test_wrong_info_arguments(tmp_path, capsys):
+    code, err = _one_line(["info", "--json", tmp_path / "none" / "x.json"], capsys)
+    assert code == 2
+    assert "--json" in err
+    assert _one_line(["nothing"], capsys)[0] == 2
+    assert _one_line([], capsys)[0] == 2
+
+
+def test_wrong_checkpoints_to_train(checkpoint, tmp_path, capsys):
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(checkpoint.read_bytes())
+    (tmp_path / "damaged").write_bytes(b"x" * 100)
+    for arguments, words in [
+        ([path], "exists; add --resume or --overwrite"),
+        ([path, "--resume", "--overwrite"], "cannot be combined"),
+        ([path, "--resume", "--width", "3"], "cannot resume with other settings"),
+        ([tmp_path / "none", "--resume"], "there is no such file"),
+        ([tmp_path / "damaged", "--resume"], "damaged"),
+        ([tmp_path], "is a folder"),
+        ([tmp_path / "none" / "net"], "there is no folder"),
+        (["/proc/net.safetensors"], "cannot write"),
+    ]:
+        code, err = _one_line(["train", *arguments], capsys)
+        assert code == 2, arguments
+        assert "CHECKPOINT" in err or "--resume" in err
+        assert words in err
+    assert sorted(os.listdir(tmp_path)) == ["damaged", "net.safetensors"]
+    assert path.read_bytes() == checkpoint.read_bytes()
+
+
+def test_wrong_checkpoints_to_evaluate(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "damaged").write_bytes(b"x" * 100)
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
+    for path, words in [
+        (tmp_path / "none", "there is no such file"),
+        (tmp_path, "it is not a file"),
+        (tmp_path / "damaged", "damaged"),
+        (tmp_path / "foreign", "not written by"),
+    ]:
+        code, err = _one_line(["evaluate", checkpoint, path, "--json", tmp_path / "out.json"], capsys)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "CHECKPOINTS" in err
+        assert words in err
+    assert sorted(os.listdir(tmp_path)) == ["damaged", "foreign"]
+    code, err = _one_line(
+        ["evaluate", checkpoint, "--json", tmp_path / "a.png", "--plot", tmp_path / "a.png"], capsys
+    )
+    assert code == 2
+    assert "--plot" in err
+    wide = data.Dataset("wide", 10, (3, 8, 8), (0.0,) * 3, (1.0,) * 3, lambda *_: None)
+    monkeypatch.setitem(data.DATASETS, "wide", wide)
+    code, err = _one_line(["evaluate", checkpoint, "--data", "wide"], capsys)
+    assert code == 2
+    assert "--data" in err
+    assert "3 channels" in err
+
+
+def test_missing_packages(checkpoint, tmp_path, capsys, monkeypatch):
+    for name in ("sklearn", "sklearn.datasets", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for arguments, words in [
+        (["train", tmp_path / "net"], "scikit-learn"),
+        (["evaluate", checkpoint], "scikit-learn"),
+        (["evaluate", checkpoint, "--plot", tmp_path / "a.png"], "matplotlib"),
+    ]:
+        code, err = _one_line(arguments, capsys)
+        assert code == 2
+        assert f"pip install {words}" in err
+    assert not os.listdir(tmp_path)
+
+
+def test_ctrl_c_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "net.safetensors"
+    attack, calls = loop.attack.pgd, []
+
+    def interrupt(*args, **keywords):
+        calls.append(1)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return attack(*args, **keywords)
+
+    monkeypatch.setattr(loop.attack, "pgd", interrupt)
+    stop_at = 1
+    code, err = _one_line(["train", path, *TRAIN], capsys)
+    assert code == 130
+    assert "interrupted; nothing was written" in err
+    calls.clear()
+    stop_at = 5  # 40 images in batches of 16: the second step of epoch 2
+    code, err = _one_line(["train", path, *TRAIN], capsys)
+    assert code == 130
+    assert f"interrupted; the last whole epoch is in {path}" in err
+    assert training.load_checkpoint(path)[1]["epoch"] == 1
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_ctrl_c_during_an_evaluation(checkpoint, tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "evaluate_model", interrupt)
+    code, err = _one_line(["evaluate", checkpoint, "--json", tmp_path / "out.json"], capsys)
+    assert code == 130
+    assert "interrupted" in err
+    assert not os.listdir(tmp_path)
+
+
+def test_divergence_and_full_disks_fail_with_a_message(checkpoint, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learning_rate", lambda *_: 1e30)
+        code, err = _one_line(["train", tmp_path / "net", *TRAIN], capsys)
+        assert code == 1
+        assert "try a lower --learning-rate" in err
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "save_json", full)
+    code, err = _one_line(["evaluate", checkpoint, "--steps", 1, "--json", tmp_path / "out.json"], capsys)
+    assert code == 1
+    assert err.splitlines()[-1] == "sparta: [Errno 28] No space left on device"
+    assert not os.listdir(tmp_path)
+
+
+def test_a_bug_is_not_dressed_up(checkpoint, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(cli, "evaluate_model", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["evaluate", str(checkpoint)])
+
+
+def test_runs_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "sparta_kernels.cli", "evaluate", str(tmp_path / "none")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("sparta: Invalid value for CHECKPOINTS: ")
+    assert "Traceback" not in result.stderr
