@@ -350,6 +350,8 @@ void backward(const GateBackward& args) {
 
 template <class T>
 bool streams(const GateShape& shape, const Matrices& to) {
+  // Only where a register fills a cache line: half lines written past the cache take longer than whole ones through it.
+  if (sizeof(T) * Simd<T>::lanes < 64) return false;
   const int64_t size = sizeof(T), elements = shape.samples * shape.channels * shape.pixels();
   // A chunk may start in the middle of a row: at a whole register too, if image rows are whole registers.
   const int64_t band = shape.planar ? shape.width * size : 0;
