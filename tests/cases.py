@@ -28,18 +28,18 @@ LAYOUTS = (
 
 
 def lay(values: Tensor, layout: str) -> Tensor:
-    """A tensor of the same shape in the given layout; its values are the same too, but for the expanded ones.
+    """A new tensor of that shape in the given layout; its values are the same too, but for the expanded ones.
 
     What lies between the elements is NaN, so that whoever reads it shows it.
     """
     kind, _, rest = layout.partition("_")
     axes, _, order = rest.partition("_")
     if kind == "contiguous":
-        return values.contiguous()
+        return values.clone(memory_format=torch.contiguous_format)
     if kind == "channels":
-        return values.contiguous(memory_format=torch.channels_last)
+        return values.clone(memory_format=torch.channels_last)
     if kind == "permuted":
-        return values.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
+        return values.permute(3, 0, 2, 1).clone(memory_format=torch.contiguous_format).permute(1, 3, 2, 0)
     if kind == "expanded":
         chosen = ["nchw".index(axis) for axis in axes]
         single = [slice(0, 1) if i in chosen else slice(None) for i in range(4)]
@@ -75,7 +75,7 @@ def random(generator: torch.Generator, *shape: int) -> Tensor:
 
 @dataclass(frozen=True)
 class GateCase:
-    """One call of sparta_gate and of its backward pass. Hypothesis prints this; `inputs` makes the tensors."""
+    """One call of sparta_gate and of its backward pass. Hypothesis prints it; `inputs` makes the tensors."""
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
@@ -136,11 +136,13 @@ def to_double(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 def magnitudes(tensors: Sequence[Tensor | None], gy: Tensor, share: int) -> list[Tensor]:
     """For y, gx, gspatial, gchannel, gkernel: what their terms add up to in size, rounding's yardstick.
 
-    With the factor 1 - phi left out (it is rounded as a number near 1, not as a small one), and with what a rounding
-    of z does to phi added: |z| * phi * (1 - phi).
+    With the factor 1 - phi left out (it is rounded as a number near 1, not as a small one), and with what a
+    rounding of z does to phi added: |z| * phi * (1 - phi).
     """
     x, spatial, channel, kernel = to_double(tensors)
-    assert x is not None and spatial is not None and channel is not None
+    assert x is not None
+    assert spatial is not None
+    assert channel is not None
     scale = spatial if kernel is None else spatial * kernel[:, None, None, None]
     s = reference._spread(scale, share, x.shape[2], x.shape[3])
     z = s * channel[:, :, None, None]
@@ -201,8 +203,8 @@ def conv_cases(draw: st.DrawFn) -> ConvCase:
 
 # ---- the rule ----------------------------------------------------------------------------------------------
 
-# What one rounding of the arithmetic may cost. For 16-bit images the sigmoid is a polynomial with a relative error
-# of 3e-6: 1/160 of a rounding to float16 and 1/1300 of one to bfloat16, but seen in a float32 gradient beside them.
+# What one rounding of the arithmetic may cost. For 16-bit images the sigmoid is a polynomial with a relative
+# error of 3e-6: 1/160 of a rounding to float16, 1/1300 of one to bfloat16, but seen in a float32 gradient.
 _UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-18, torch.float16: 2.0**-18}
 
 
@@ -211,10 +213,11 @@ def assert_near(
 ) -> None:
     """Largest error <= 2 x (largest error of plain torch) + atol.
 
-    Plain torch, the yardstick, is the reference on the same tensors: it computes in float32 (or float64) and rounds
-    once, so for 16-bit tensors this asks for more than an expression in bfloat16 would. Twice, because another
-    order of operations is another sample of the same rounding errors. atol covers the case where torch's few
-    roundings cancel by luck: eight roundings of the arithmetic, on the terms' magnitude, and one of the result.
+    Plain torch, the yardstick, is the reference on the same tensors: it computes in float32 (or float64) and
+    rounds once, so for 16-bit tensors this asks for more than an expression in bfloat16 would. Twice, because
+    another order of operations is another sample of the same rounding errors. atol covers the case where
+    torch's few roundings cancel by luck: eight roundings of the arithmetic, on the terms' magnitude, and one
+    of the result.
 
     Args:
         got: what is tested, of any dtype.
@@ -243,4 +246,6 @@ def assert_same_bits(got: Tensor, expected: Tensor, name: str = "") -> None:
     same = got.contiguous().view(integer) == expected.contiguous().view(integer)
     same |= got.isnan() & expected.isnan()
     where = (~same).nonzero()
-    assert not len(where), f"{name}: {len(where)} of {same.numel()} elements differ, the first at {where[0].tolist()}"
+    assert not len(where), (
+        f"{name}: {len(where)} of {same.numel()} elements differ, the first at {where[0].tolist()}"
+    )

@@ -17,13 +17,16 @@ from torch import Tensor
 from sparta_kernels import backends
 from sparta_kernels.backends import native
 
-# `backend` below sets the instruction set once for all the examples of a test, so sharing it between them is meant.
-_shared = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+# `backend` below sets the instruction set once for all the examples of a test: they may well share it.
+_shared = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
 settings.register_profile("quick", max_examples=25, derandomize=True, **_shared)
 settings.register_profile("thorough", max_examples=1000, **_shared)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
-# Every backend that is compared with the reference, and for the compiled one every instruction set that runs here.
+# Every backend that is compared with the reference: the compiled one at every instruction set that runs here.
 # A further backend is a further line: BACKENDS += [("triton", None)].
 BACKENDS: list[tuple[str, str | None]] = [("native", isa) for isa in native._native.supported_isas()]
 
@@ -34,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(params=BACKENDS, ids=lambda param: "-".join(filter(None, param)))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A backend's name, for the argument of that name; while it lasts, the instruction set is the parameter's."""
+    """A backend's name, for the argument of that name, with the parameter's instruction set in force."""
     name, isa = request.param
     before = native._native.isa()
     native._native.set_isa(isa or before)
@@ -55,7 +58,7 @@ def _as_found() -> Iterator[None]:
 class GuardedTorch:
     """torch, for one module, with an `empty_like` whose memory is NaN and lies between two guards.
 
-    A kernel that does not write an element leaves a NaN in it; one that writes beside its output hurts a guard.
+    A kernel that skips an element leaves a NaN in it; one that writes beside its output hurts a guard.
     """
 
     GUARD = 64  # elements on either side: a register of the widest instruction set, four times
@@ -83,7 +86,7 @@ class GuardedTorch:
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Outputs are NaN until they are written, and stand under guard; call it to look whether a guard is hurt."""
+    """Outputs are NaN until they are written, and stand under guard; call it to see whether one is hurt."""
     guarded_torch = GuardedTorch()
     for module in backends.MODULES.values():
         monkeypatch.setattr(module, "torch", guarded_torch)
@@ -99,8 +102,10 @@ def _available_bytes() -> int:
 
 @pytest.fixture
 def large_zeros() -> Callable[..., Tensor]:
-    """Zeros that cost no memory until they are written (calloc's pages are all one page of zeros); skips the test
-    where there is no room for `outputs` real tensors of that size."""
+    """Zeros that cost no memory until they are written: calloc's pages are all one page of zeros.
+
+    Skips the test where there is no room for `outputs` real tensors of that size.
+    """
 
     def make(*shape: int, dtype: torch.dtype, outputs: int, channels_last: bool = False) -> Tensor:
         size = math.prod(shape)
