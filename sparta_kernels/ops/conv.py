@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sparta_kernels import backends, reference
 from sparta_kernels.ops.checks import check_images, check_shape, check_tensor
-from sparta_kernels.ops.library import fill, register, second_order
+from sparta_kernels.ops.library import differentiable, fill, register
 
 
 def _forward(spatial: Tensor, kernel: Tensor, backend: str) -> Tensor:
@@ -44,48 +42,13 @@ register(
 )
 
 
-class _DynamicConv(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(spatial: Tensor, kernel: Tensor, backend: str) -> Tensor:
-        return torch.ops.sparta_kernels._conv_forward(spatial, kernel, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        spatial, kernel, ctx.backend = inputs
-        ctx.save_for_backward(spatial, kernel)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = list(ctx.needs_input_grad[:2])
-        grads = _DynamicConvBackward.apply(grad_output, *ctx.saved_tensors, wanted, ctx.backend)
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None
-
-
-class _DynamicConvBackward(torch.autograd.Function):
-    """The backward pass as a function of its own, so that it can be differentiated in turn."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        grad_output: Tensor, spatial: Tensor, kernel: Tensor, wanted: list[bool], backend: str
-    ) -> tuple[Tensor, ...]:
-        return torch.ops.sparta_kernels._conv_backward(grad_output, spatial, kernel, wanted, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        grad_output, spatial, kernel, ctx.wanted, _ = inputs
-        ctx.save_for_backward(grad_output, spatial, kernel)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_output, *inputs = ctx.saved_tensors
-        grads = second_order(
-            reference.dynamic_conv, inputs, grad_output, ctx.wanted, grad_grads, ctx.needs_input_grad[:3]
-        )
-        return *grads, None, None
+_dynamic_conv = differentiable(
+    "DynamicConv",
+    torch.ops.sparta_kernels._conv_forward.default,
+    torch.ops.sparta_kernels._conv_backward.default,
+    reference.dynamic_conv,
+    count=2,
+)
 
 
 def dynamic_conv(spatial: Tensor, kernel: Tensor, *, backend: str | None = None) -> Tensor:
@@ -114,10 +77,12 @@ def dynamic_conv(spatial: Tensor, kernel: Tensor, *, backend: str | None = None)
         check_shape("dynamic_conv", "spatial", spatial, "(N, 1, H, W)", (samples, 1, height, width))
     check_tensor("dynamic_conv", "kernel", kernel, spatial)
     if kernel.dim() != 3 or kernel.shape[1] != kernel.shape[2] or kernel.shape[1] % 2 == 0:
-        raise ValueError(f"dynamic_conv: kernel must have shape (N, K, K) with K odd, got {tuple(kernel.shape)}")
+        raise ValueError(
+            f"dynamic_conv: kernel must have shape (N, K, K) with K odd, got {tuple(kernel.shape)}"
+        )
     size = kernel.shape[-1]
     check_shape("dynamic_conv", "kernel", kernel, "(N, K, K)", (samples, size, size))
     chosen = backends.choose(spatial.device, backend, "dynamic_conv: backend").backend
     if chosen == "reference":
         return reference.dynamic_conv(spatial, kernel)
-    return _DynamicConv.apply(spatial, kernel, chosen)
+    return _dynamic_conv(spatial, kernel, chosen)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sparta_kernels import backends, reference
 from sparta_kernels.ops.checks import check_images, check_integer, check_shape, check_tensor
-from sparta_kernels.ops.library import fill, register, second_order
+from sparta_kernels.ops.library import differentiable, fill, register
 
 
 def _forward(
@@ -51,7 +49,11 @@ def _backward_fake(
     def empty(tensor: Tensor | None, want: bool, contiguous: bool) -> Tensor:
         if tensor is None or not want:
             return x.new_empty(0)
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format) if contiguous else torch.empty_like(tensor)
+        return (
+            torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            if contiguous
+            else torch.empty_like(tensor)
+        )
 
     small = [empty(t, want, True) for t, want in zip((spatial, channel, kernel), wanted[1:], strict=True)]
     return empty(x, wanted[0], False), *small
@@ -70,62 +72,13 @@ register(
 )
 
 
-class _Gate(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None, share: int, backend: str
-    ) -> Tensor:
-        return torch.ops.sparta_kernels._gate_forward(x, spatial, channel, kernel, share, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, spatial, channel, kernel, ctx.share, ctx.backend = inputs
-        ctx.save_for_backward(x, spatial, channel, kernel)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = list(ctx.needs_input_grad[:4])
-        grads = _GateBackward.apply(gy, *ctx.saved_tensors, ctx.share, wanted, ctx.backend)
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None
-
-
-class _GateBackward(torch.autograd.Function):
-    """The backward pass as a function of its own, so that it can be differentiated in turn."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        gy: Tensor,
-        x: Tensor,
-        spatial: Tensor,
-        channel: Tensor,
-        kernel: Tensor | None,
-        share: int,
-        wanted: list[bool],
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        return torch.ops.sparta_kernels._gate_backward(gy, x, spatial, channel, kernel, share, wanted, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        gy, x, spatial, channel, kernel, ctx.share, ctx.wanted, _ = inputs
-        ctx.save_for_backward(gy, x, spatial, channel, kernel)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:
-        gy, *inputs = ctx.saved_tensors
-        grads = second_order(
-            lambda *tensors: reference.gate(*tensors, share=ctx.share),
-            inputs,
-            gy,
-            ctx.wanted,
-            grad_grads,
-            ctx.needs_input_grad[:5],
-        )
-        return *grads, None, None, None
+_gate = differentiable(
+    "SpartaGate",
+    torch.ops.sparta_kernels._gate_forward.default,
+    torch.ops.sparta_kernels._gate_backward.default,
+    reference.gate,
+    count=4,
+)
 
 
 def sparta_gate(
@@ -179,4 +132,4 @@ def sparta_gate(
     chosen = backends.choose(x.device, backend, "sparta_gate: backend").backend
     if chosen == "reference":
         return reference.gate(x, spatial, channel, kernel, share)
-    return _Gate.apply(x, spatial, channel, kernel, share, chosen)
+    return _gate(x, spatial, channel, kernel, share, chosen)

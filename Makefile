@@ -1,0 +1,50 @@
+# Everything runs in .venv, which these commands make. Another interpreter: make PYTHON=python3.12 ...
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+PACKAGE := $(shell find sparta_kernels -name '*.py')
+RUN := runs/digits
+
+.PHONY: help evaluate test lint mutants bench clean
+
+help:
+	@echo "make evaluate  install, train a small SPARTA ResNet-18 on handwritten digits, attack it with PGD-10/30/50"
+	@echo "make test      install the development extras, run every check that needs no GPU"
+	@echo "make mutants   plant faults one at a time and see the tests catch each"
+	@echo "make bench     time the operations against copy, eager PyTorch and torch.compile"
+	@echo "make clean     remove .venv, builds and runs"
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# What a user installs.
+.venv/installed: .venv/bin/python $(BUILD_FILES) $(PACKAGE)
+	$(PIP) '.[data,report]'
+	@touch $@ && rm -f .venv/installed-dev
+
+# The same, editable, with the tools.
+.venv/installed-dev: .venv/bin/python $(BUILD_FILES)
+	$(PIP) --editable '.[dev]'
+	@touch $@ .venv/installed
+
+evaluate: .venv/installed
+	$(BIN)/sparta evaluate --help
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=90 --benchmark-disable tests benchmarks
+
+mutants: .venv/installed-dev
+	$(BIN)/python tests/mutants.py
+
+bench: .venv/installed-dev
+	$(BIN)/python benchmarks/ops.py --json benchmarks/results/ops.json
+
+clean:
+	rm -rf .venv build dist runs *.egg-info sparta_kernels/_native*.so

@@ -1,0 +1,89 @@
+"""The compiled module (csrc/bindings.cpp). Internal: nothing is checked here, a wrong address is a crash."""
+
+from typing import Any
+
+_Rows = tuple[int, int, int]  # address, sample stride, row stride (in elements)
+_Small = tuple[int, int]  # address (0: absent), dtype number
+
+compiler: str
+
+def gate_forward(
+    shape: tuple[int, int, int, int, int],  # N, C, H, W, share
+    planar: bool,
+    dtype: int,
+    x: _Rows,
+    y: _Rows,
+    spatial: _Small,
+    channel: _Small,
+    kernel: _Small,
+    threads: int,
+    /,
+) -> None: ...
+def gate_backward(
+    shape: tuple[int, int, int, int, int],
+    planar: bool,
+    dtype: int,
+    x: _Rows,
+    gy: _Rows,
+    gx: _Rows,
+    spatial: _Small,
+    channel: _Small,
+    kernel: _Small,
+    grad_spatial: _Small,
+    grad_channel: _Small,
+    grad_kernel: _Small,
+    threads: int,
+    /,
+) -> None: ...
+def conv_forward(
+    shape: tuple[int, int, int, int],  # N, H, W, K
+    spatial: _Small,
+    kernel: _Small,
+    output: _Small,
+    threads: int,
+    /,
+) -> None: ...
+def conv_backward(
+    shape: tuple[int, int, int, int],
+    grad_output: _Small,
+    spatial: _Small,
+    kernel: _Small,
+    grad_spatial: _Small,
+    grad_kernel: _Small,
+    threads: int,
+    /,
+) -> None: ...
+def pgd_step(
+    elements: int,
+    dtype: int,
+    adv: int,
+    grad: int,
+    clean: int,
+    signed_step: float,
+    eps: float,
+    lower: float,
+    upper: float,
+    threads: int,
+    /,
+) -> None: ...
+def pgd_start(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: int,
+    adv: int,
+    clean: int,
+    index: int,
+    seed: int,
+    restart: int,
+    eps: float,
+    lower: float,
+    upper: float,
+    threads: int,
+    /,
+) -> None: ...
+def philox4x32(counter: list[int], key: list[int], /) -> list[int]: ...
+def isa() -> str: ...
+def built_isas() -> list[str]: ...
+def supported_isas() -> list[str]: ...
+def set_isa(isa: str, /) -> None: ...
+def cuda_info() -> dict[str, Any]: ...
