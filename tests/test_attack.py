@@ -24,11 +24,13 @@ class Net(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
         self.conv2, self.linear = nn.Conv2d(8, 8, 3, stride=2), nn.Linear(8, CLASSES, bias=False)
         self.calls = 0
+        self.grads: list[bool] = []
         self.fail_at: int | None = None
         self.failure: BaseException = RuntimeError("planted")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
+        self.grads.append(torch.is_grad_enabled() and x.requires_grad)
         if self.calls == self.fail_at:
             raise self.failure
         x = torch.relu(self.bn1(self.conv1(x)))
@@ -44,6 +46,7 @@ def model() -> Net:
         net(torch.rand(16, 3, 9, 7))
         net.bn1.weight.uniform_(0.5, 1.5)
     net.calls = 0
+    net.grads.clear()
     return net.eval()
 
 
@@ -139,6 +142,7 @@ def test_passes_are_counted(model, images, labels):
     pgd(model, images, labels, **SETTINGS, report_at=[0, 2, 6])
     assert model.calls == SETTINGS["steps"] + 1
     assert len(backwards) == SETTINGS["steps"]
+    assert model.grads == [True] * SETTINGS["steps"] + [False]  # the last pass keeps nothing for a backward
 
 
 def _starts(model, images, labels, **keywords):

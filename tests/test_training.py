@@ -152,6 +152,19 @@ def test_training_learns(path):
     assert history[-1].error < 0.5 < history[0].error
 
 
+def test_the_schedule_runs_over_all_epochs(path, monkeypatch):
+    steps = []
+
+    def spy(_, step, count):
+        steps.append((step, count))
+        return 0.01 * step
+
+    monkeypatch.setattr(loop, "learning_rate", spy)
+    history = train(Settings(**TINY | {"attack": "none"}), path)
+    assert steps == [(step, 4) for step in range(12)]
+    assert [epoch.learning_rate for epoch in history] == pytest.approx([0.03, 0.07, 0.11])
+
+
 def test_learning_rates():
     steps = Settings(schedule="milestones", milestones=(2, 3), epochs=4, learning_rate=0.5)
     assert [learning_rate(steps, i, 2) for i in range(8)] == pytest.approx(
