@@ -1,4 +1,4 @@
-"""One table of wrong calls: every argument of every public operation. Each is named, and nothing is written."""
+"""One table of wrong calls, every argument of every public operation: it is named, and nothing is written."""
 
 from __future__ import annotations
 

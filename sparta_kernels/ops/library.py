@@ -169,11 +169,11 @@ def differentiable(
     Eager = function("", forward=save_and_forward, backward=first_order)
 
     def apply(*args: Any) -> Tensor:
-        if not eager():
+        if torch._C._are_functorch_transforms_active():
             return Transformed.apply(*args)
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in args[:count]):
             return forward(*args)
-        return Eager.apply(*args)
+        return Transformed.apply(*args) if torch.compiler.is_compiling() else Eager.apply(*args)
 
     return apply
 
