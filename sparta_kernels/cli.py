@@ -140,11 +140,9 @@ def train(
         training.build_model(settings.model, training.model_arguments(settings))
 
     console = _console(json_file)
+    progress = training.TrainingProgress(_progress_console(), settings)
     try:
-        with (
-            backends.use_backend(backend),
-            training.TrainingProgress(_progress_console(), settings) as progress,
-        ):
+        with backends.use_backend(backend), progress:
             history = training.train(
                 settings,
                 checkpoint,
@@ -156,7 +154,8 @@ def train(
                 on_epoch=progress.epoch,
             )
     except KeyboardInterrupt:
-        kept = f"the last whole epoch is in {checkpoint}" if checkpoint.exists() else "nothing was written"
+        stored = progress.epochs or resume
+        kept = f"the last whole epoch is in {checkpoint}" if stored else "nothing was written"
         _end(f"interrupted; {kept}", INTERRUPTED)
     except (training.CheckpointError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error), param_hint="CHECKPOINT") from error

@@ -305,6 +305,12 @@ def test_ctrl_c_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
     assert f"interrupted; the last whole epoch is in {path}" in err
     assert training.load_checkpoint(path)[1]["epoch"] == 1
     assert os.listdir(tmp_path) == [path.name]
+    calls.clear()
+    stop_at = 1  # an old file is not the work of this run
+    assert "nothing was written" in _one_line(["train", path, *TRAIN, "--overwrite"], capsys)[1]
+    calls.clear()
+    code, err = _one_line(["train", path, *TRAIN, "--resume"], capsys)
+    assert f"the last whole epoch is in {path}" in err
 
 
 def test_ctrl_c_during_an_evaluation(checkpoint, tmp_path, capsys, monkeypatch):

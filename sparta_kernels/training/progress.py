@@ -23,6 +23,9 @@ class TrainingProgress:
     Args:
         console: where to draw.
         settings: of the run.
+
+    Attributes:
+        epochs: how many it has seen done.
     """
 
     def __init__(self, console: Console, settings: Settings) -> None:
@@ -39,6 +42,7 @@ class TrainingProgress:
         self._task = self._progress.add_task("training", total=None, state="")
         self._first: tuple[float, int] | None = None  # when the first step was done, and its images
         self._seen = 0
+        self.epochs = 0
 
     def __enter__(self) -> TrainingProgress:
         self._progress.start()
@@ -69,6 +73,7 @@ class TrainingProgress:
 
     def epoch(self, epoch: Epoch) -> None:
         """An epoch is done and stored."""
+        self.epochs += 1
         self._progress.console.print(
             f"epoch {epoch.epoch:2d}  loss {epoch.loss:.3f}  {self._kind} {epoch.error:.1%}  "
             f"clean test error {epoch.clean_error:.1%}  {epoch.images_per_second:.0f} images/s",
