@@ -13,7 +13,12 @@ def evaluation_table(results: Sequence[Mapping[str, Any]], title: str | None = N
     """One row for each checkpoint and backend in an evaluation's results: errors, speed and memory."""
     iterates = list(results[0]["errors"])
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, collapse_padding=True
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
     table.add_column("model", overflow="fold")
     table.add_column("backend", no_wrap=True)
