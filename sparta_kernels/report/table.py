@@ -12,17 +12,11 @@ from rich.table import Table
 def evaluation_table(results: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
     """One row for each checkpoint and backend in an evaluation's results: errors, speed and memory."""
     iterates = list(results[0]["errors"])
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
+    # Tight, and headings on two lines: the table has to fit into 80 columns.
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.collapse_padding, table.pad_edge = True, False
     table.add_column("model", overflow="fold")
     table.add_column("backend", no_wrap=True)
-    # Two-line headings: the table has to fit into 80 columns.
     for heading in ("clean", *(f"PGD-{k}" for k in iterates), "target\nhit", "images\n/s", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in results:
