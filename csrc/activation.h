@@ -84,6 +84,15 @@ struct Exp2<double> {
   }
 };
 
+// 1 / value for value >= 1, inf and NaN.
+template <class Real>
+struct Reciprocal {
+  template <bool precise>
+  static SPARTA_INLINE Real of(Real value) {
+    return 1.0f / value;
+  }
+};
+
 // ---- the gate: Eq. 3, 5, 8 -------------------------------------------------------------------------------
 
 // sigmoid(z) = 1 / (1 + 2^t) with t = kLogitScale * z: the scale is multiplied into one of z's factors beforehand.
@@ -91,7 +100,7 @@ constexpr double kLogitScale = -1.44269504088896340736;  // -log2(e)
 
 template <bool precise, class Real>
 SPARTA_INLINE Real sigmoid_scaled(Real t) {
-  return 1.0f / (1.0f + Exp2<Real>::template of<precise>(t));
+  return Reciprocal<Real>::template of<precise>(1.0f + Exp2<Real>::template of<precise>(t));
 }
 
 template <class Real>

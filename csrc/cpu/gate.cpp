@@ -106,20 +106,20 @@ SPARTA_INLINE void forward_row(const T* x, T* y, typename Accumulator<T>::type r
                                const typename Accumulator<T>::type* col_factor, int64_t cols) {
   using Lanes = Simd<T>;
   using Columns = Simd<typename Accumulator<T>::type>;
+  constexpr int line = Lanes::line * Lanes::lanes;
   int64_t k = 0;
-  for (; k + Lanes::lanes <= cols; k += Lanes::lanes) {
+  for (; k + line <= cols; k += line) {
     prefetch_read(x + k);
-    const auto value = gated<T>(Lanes::load(x + k), row_factor, Columns::load(col_factor + k));
-    if constexpr (stream) {
-      Lanes::stream(y + k, value);
-    } else {
-      prefetch_write(y + k);
-      Lanes::store(y + k, value);
-    }
+    if (!stream) prefetch_write(y + k);
+    typename Lanes::Vector values[Lanes::line];
+    for (int64_t i = 0, at = k; i < Lanes::line; ++i, at += Lanes::lanes)
+      values[i] = gated<T>(Lanes::load(x + at), row_factor, Columns::load(col_factor + at));
+    Lanes::template store_line<stream>(y + k, values);
   }
-  if (k < cols) {
-    const auto value = gated<T>(load_partial(x + k, cols - k), row_factor, Columns::load(col_factor + k));
-    store_partial(y + k, value, cols - k);
+  for (; k < cols; k += Lanes::lanes) {
+    const int64_t count = min(Lanes::lanes, cols - k);
+    const auto value = gated<T>(load_partial(x + k, count), row_factor, Columns::load(col_factor + k));
+    store_partial(y + k, value, count);
   }
 }
 
@@ -195,26 +195,28 @@ struct BackwardChunk {
     const T *x_row = x + r * x_stride, *gy_row = gy + r * gy_stride;
     T* gx_row = want_input ? gx + r * gx_stride : nullptr;
     const Acc factor = row_factor[r];
+    constexpr int line = Lanes::line * Lanes::lanes;
     Vector total{};
     int64_t k = 0;
-    for (; k + Lanes::lanes <= cols; k += Lanes::lanes) {
+    for (; k + line <= cols; k += line) {
       prefetch_read(x_row + k);
       prefetch_read(gy_row + k);
-      const Grads grads(Lanes::load(x_row + k), Lanes::load(gy_row + k), factor, Simd<Acc>::load(col_factor + k));
-      if (want_input && stream) {
-        Lanes::stream(gx_row + k, grads.gx);
-      } else if (want_input) {
-        prefetch_write(gx_row + k);
-        Lanes::store(gx_row + k, grads.gx);
+      if (want_input && !stream) prefetch_write(gx_row + k);
+      Vector gx_line[Lanes::line];
+      for (int64_t i = 0, at = k; i < Lanes::line; ++i, at += Lanes::lanes) {
+        const Grads grads(Lanes::load(x_row + at), Lanes::load(gy_row + at), factor, Simd<Acc>::load(col_factor + at));
+        gx_line[i] = grads.gx;
+        if (want_factors) {
+          total += grads.row;
+          Simd<Acc>::store(grad_col + at, Simd<Acc>::load(grad_col + at) + grads.col);
+        }
       }
-      if (want_factors) {
-        total += grads.row;
-        Simd<Acc>::store(grad_col + k, Simd<Acc>::load(grad_col + k) + grads.col);
-      }
+      if (want_input) Lanes::template store_line<stream>(gx_row + k, gx_line);
     }
-    if (k < cols) {
+    for (; k < cols; k += Lanes::lanes) {
       Vector grad_cols = Simd<Acc>::load(grad_col + k);
-      total += short_row(x_row + k, gy_row + k, gx_row + k, cols - k, factor, Simd<Acc>::load(col_factor + k), grad_cols);
+      total += short_row(x_row + k, gy_row + k, gx_row + k, min(Lanes::lanes, cols - k), factor,
+                         Simd<Acc>::load(col_factor + k), grad_cols);
       if (want_factors) Simd<Acc>::store(grad_col + k, grad_cols);
     }
     return total;
@@ -350,8 +352,6 @@ void backward(const GateBackward& args) {
 
 template <class T>
 bool streams(const GateShape& shape, const Matrices& to) {
-  // Only where a register fills a cache line: half lines written past the cache take longer than whole ones through it.
-  if (sizeof(T) * Simd<T>::lanes < 64) return false;
   const int64_t size = sizeof(T), elements = shape.samples * shape.channels * shape.pixels();
   // A chunk may start in the middle of a row: at a whole register too, if image rows are whole registers.
   const int64_t band = shape.planar ? shape.width * size : 0;

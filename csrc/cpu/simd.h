@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../activation.h"
 #include "../dtypes.h"
@@ -60,6 +61,16 @@ struct Exp2<SPARTA_ISA::FloatVector> {
   static SPARTA_INLINE Vector of(Vector t) {
     const Vector r = (Vector)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     return (Vector)_mm512_scalef_ps((__m512)exp2_fraction<Vector, precise>(r), (__m512)t);
+  }
+};
+
+// A quarter of the division's time; its relative error of 2^-14 is far below that of the 16-bit formats.
+template <>
+struct Reciprocal<SPARTA_ISA::FloatVector> {
+  using Vector = SPARTA_ISA::FloatVector;
+  template <bool precise>
+  static SPARTA_INLINE Vector of(Vector value) {
+    return precise ? 1.0f / value : (Vector)_mm512_rcp14_ps((__m512)value);
   }
 };
 
@@ -178,21 +189,41 @@ SPARTA_INLINE HalfVector narrow(float16, FloatVector value) {
 // ---- Simd<T>: a register's worth of elements of T --------------------------------------------------------
 
 template <class T>
-struct Simd {  // the 16-bit formats
+struct Simd {  // float and the 16-bit formats
   using Vector = FloatVector;
   static constexpr int lanes = kFloatLanes;
-  static SPARTA_INLINE Vector load(const T* from) { return widen(T{}, load_bits<HalfVector>(from)); }
-  static SPARTA_INLINE void store(T* to, Vector value) { store_bits(to, narrow(T{}, value)); }
-  static SPARTA_INLINE void stream(T* to, Vector value) { stream_bits(to, narrow(T{}, value)); }
-};
+  static constexpr int line = 64 / (kFloatLanes * static_cast<int>(sizeof(T)));  // registers that fill a cache line
 
-template <>
-struct Simd<float> {
-  using Vector = FloatVector;
-  static constexpr int lanes = kFloatLanes;
-  static SPARTA_INLINE Vector load(const float* from) { return load_bits<Vector>(from); }
-  static SPARTA_INLINE void store(float* to, Vector value) { store_bits(to, value); }
-  static SPARTA_INLINE void stream(float* to, Vector value) { stream_bits(to, value); }
+  static SPARTA_INLINE Vector load(const T* from) {
+    if constexpr (sizeof(T) == 4)
+      return load_bits<Vector>(from);
+    else
+      return widen(T{}, load_bits<HalfVector>(from));
+  }
+  static SPARTA_INLINE void store(T* to, Vector value) {
+    if constexpr (sizeof(T) == 4)
+      store_bits(to, value);
+    else
+      store_bits(to, narrow(T{}, value));
+  }
+  // A whole cache line, through the cache or past it.
+  template <bool stream>
+  static SPARTA_INLINE void store_line(T* to, const Vector* values) {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bfloat16>) {  // both registers in one conversion
+      const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)values[1], (__m512)values[0]);
+      return stream ? stream_bits(to, both) : store_bits(to, both);
+    }
+#endif
+    for (int i = 0; i < line; ++i) {
+      if constexpr (!stream)
+        store(to + i * lanes, values[i]);
+      else if constexpr (sizeof(T) == 4)
+        stream_bits(to + i * lanes, values[i]);
+      else
+        stream_bits(to + i * lanes, narrow(T{}, values[i]));
+    }
+  }
 };
 
 // float64 is for checking gradients: one element at a time, with the C library's exp.
@@ -200,9 +231,13 @@ template <>
 struct Simd<double> {
   using Vector = double;
   static constexpr int lanes = 1;
+  static constexpr int line = 8;
   static SPARTA_INLINE Vector load(const double* from) { return *from; }
   static SPARTA_INLINE void store(double* to, Vector value) { *to = value; }
-  static SPARTA_INLINE void stream(double* to, Vector value) { *to = value; }
+  template <bool stream>
+  static SPARTA_INLINE void store_line(double* to, const Vector* values) {
+    for (int i = 0; i < line; ++i) to[i] = values[i];
+  }
 };
 
 // The first `count` <= lanes elements; the others are read as 0 and not written.
