@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -240,46 +239,7 @@ for name in "sparta_kernels.nn sparta_kernels.attack matplotlib sklearn torch._i
     assert done.returncode == 0, done.stderr
 
 
-# ---- the build ---------------------------------------------------------------------------------------------
-
-
-def test_a_wrong_build_option_is_refused():
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "SPARTA_CUDA": "yes"},
-        check=False,
-    )
-    assert done.returncode != 0
-    assert "SPARTA_CUDA must be one of ON, OFF, AUTO, got 'yes'" in done.stderr + done.stdout
-
-
-@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("ninja"), reason="needs cmake and ninja")
-@pytest.mark.parametrize("cuda", ["ON", "AUTO"])
-def test_a_missing_cuda_compiler_is_an_error_or_a_loud_warning(tmp_path, cuda):
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for tool in ("cmake", "ninja", "c++", "g++", "cc", "gcc", "as", "ld", "ar", "ranlib", "uname", "sh"):
-        if found := shutil.which(tool):
-            (tools / tool).symlink_to(found)
-    command = [shutil.which("cmake"), "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja"]
-    hidden = {"PATH": str(tools), "CUDACXX": "", "CUDA_PATH": "", "CUDA_HOME": ""}
-    done = subprocess.run(
-        [*command, f"-DPython_EXECUTABLE={sys.executable}", f"-DSPARTA_CUDA={cuda}"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **hidden},
-        check=False,
-    )
-    text = " ".join(done.stderr.split())
-    if cuda == "ON":
-        assert done.returncode != 0
-        assert "SPARTA_CUDA=ON, but no CUDA compiler was found" in text
-    else:
-        assert done.returncode == 0, done.stderr
-        assert "No CUDA compiler (nvcc) was found: building for the CPU only" in text
+# ---- the sources -------------------------------------------------------------------------------------------
 
 
 def test_the_kernels_know_neither_torch_nor_python():
