@@ -131,21 +131,26 @@ def test_ratios_and_rates(bars):
 
 def test_bars(bars):
     results = [
-        cell(bars, "forward", {"copy": 1.0, "native": 1.0, "compile": 2.0}),
-        cell(bars, "forward", {"copy": 1.0, "native": 1.21, "compile": 2.42}, layout="channels_last"),
-        cell(bars, "backward", {"copy": 1.0, "native": 1.7, "compile": 3.0}),
-        cell(bars, "backward", {"copy": 1.0, "native": 9.0, "compile": 9.0}, shape=(2, 64, 32, 32)),
-        cell(bars, "backward", {"copy": 1.0, "native": 9.0, "compile": 9.0}, dtype="fp64"),
+        cell(bars, "forward", {"copy": 1.0, "kernel": 1.0, "native": 1.1, "compile": 2.2}),
+        cell(
+            bars,
+            "forward",
+            {"copy": 1.0, "kernel": 1.21, "native": 1.3, "compile": 2.6},
+            layout="channels_last",
+        ),
+        cell(bars, "backward", {"copy": 1.0, "kernel": 1.7, "native": 1.8, "compile": 3.0}),
+        cell(bars, "backward", {"copy": 1.0, "kernel": 9.0, "native": 9.0, "compile": 9.0}, shape=(2, 64, 32, 32)),
+        cell(bars, "backward", {"copy": 1.0, "kernel": 9.0, "native": 9.0, "compile": 9.0}, dtype="fp64"),
     ]
     verdicts = {bar["name"]: (bar["value"], bar["passed"], bar["cells"]) for bar in bars.judge(results)}
     assert verdicts == {
-        "forward, time / copy, geometric mean": (pytest.approx(1.1), False, 2),
-        "forward, time / copy, worst": (pytest.approx(1.21), False, 2),
-        "forward, torch.compile / time, nchw, geometric mean": (pytest.approx(2), True, 1),
-        "forward, torch.compile / time, channels_last, geometric mean": (pytest.approx(2), True, 1),
-        "backward, time / copy, geometric mean": (pytest.approx(1.7), True, 1),
-        "backward, time / copy, worst": (pytest.approx(1.7), True, 1),
-        "backward, torch.compile / time, nchw, geometric mean": (pytest.approx(3 / 1.7), False, 1),
+        "forward, kernel / copy, geometric mean": (pytest.approx(1.1), False, 2),
+        "forward, kernel / copy, worst": (pytest.approx(1.21), False, 2),
+        "forward, compile / native, nchw, geometric mean": (pytest.approx(2), True, 1),
+        "forward, compile / native, channels_last, geometric mean": (pytest.approx(2), True, 1),
+        "backward, kernel / copy, geometric mean": (pytest.approx(1.7), True, 1),
+        "backward, kernel / copy, worst": (pytest.approx(1.7), True, 1),
+        "backward, compile / native, nchw, geometric mean": (pytest.approx(3 / 1.8), False, 1),
     }
     summary = bars.summarise(results)
     assert summary["backward"]["native"]["worst"] == 9
@@ -209,7 +214,7 @@ def test_the_command(tmp_path):
             assert times["ratio_to_copy"] > 0
     assert set(document["summary"]["backward"]) == set(candidates[1:])
     assert all(bar["passed"] is None for bar in document["bars"])  # no such shape has bars
-    for heading in ("Gate forward", "Gate backward", "native against its bars", "not measured"):
+    for heading in ("Gate forward", "Gate backward", "The gate against its bars", "not measured"):
         assert heading in run.stdout
     assert "2x4x4x4 bf16 channels_last backward: copy " in run.stderr
 
