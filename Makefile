@@ -5,7 +5,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 PACKAGE := $(shell find sparta_kernels -name '*.py')
+
+# The demonstration: a narrow ResNet-18 with SPARTA on 8x8 digits, whose grey levels lie 16/255 apart; 32/255 is two.
 RUN := runs/digits
+DEMO := --width 16 --epochs 10 --batch-size 64 --schedule one-cycle --threads 1 --overwrite
+EPS := 32/255
 
 .PHONY: help evaluate test lint mutants bench clean
 
@@ -30,7 +34,12 @@ help:
 	@touch $@ .venv/installed
 
 evaluate: .venv/installed
-	$(BIN)/sparta evaluate --help
+	@mkdir -p $(RUN)
+	$(BIN)/sparta train $(RUN)/standard.safetensors $(DEMO) --attack none
+	$(BIN)/sparta train $(RUN)/robust.safetensors $(DEMO) --attack xie2019 --attack-steps 7 --eps $(EPS)
+	$(BIN)/sparta evaluate $(RUN)/standard.safetensors $(RUN)/robust.safetensors --eps $(EPS) --steps 50 \
+	  --batch-size 360 --threads 1 --backend auto --backend reference \
+	  --json $(RUN)/evaluate.json --plot $(RUN)/loss.png
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
