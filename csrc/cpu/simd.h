@@ -121,11 +121,24 @@ SPARTA_INLINE void stream_bits(T* to, Vector vector) {
 
 // ---- 16-bit formats, a register at a time ----------------------------------------------------------------
 
+// Between 16 and 32 bits a lane. GCC makes five to twenty instructions of __builtin_convertvector.
 SPARTA_INLINE WordVector zero_extend(HalfVector half) {
-#if defined(__AVX512F__)  // GCC makes five instructions of the portable form
+#if defined(__AVX512F__)
   return (WordVector)_mm512_cvtepu16_epi32((__m256i)half);
+#elif defined(__AVX2__)
+  return (WordVector)_mm256_cvtepu16_epi32((__m128i)half);
 #else
   return __builtin_convertvector(half, WordVector);
+#endif
+}
+
+SPARTA_INLINE HalfVector low_halves(WordVector words) {  // words below 2^16
+#if defined(__AVX512F__)
+  return (HalfVector)_mm512_cvtepi32_epi16((__m512i)words);
+#elif defined(__AVX2__)
+  return (HalfVector)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)words), _mm256_extracti128_si256((__m256i)words, 1));
+#else
+  return __builtin_convertvector(words, HalfVector);
 #endif
 }
 
@@ -142,7 +155,7 @@ SPARTA_INLINE HalfVector narrow(bfloat16, FloatVector value) {
   const WordVector bits = (WordVector)value;
   const WordVector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   const WordVector quiet_nan = WordVector{} + 0x7fc0u;
-  return __builtin_convertvector((IntVector)(value == value) ? rounded : quiet_nan, HalfVector);
+  return low_halves((IntVector)(value == value) ? rounded : quiet_nan);
 }
 
 #endif
@@ -181,7 +194,7 @@ SPARTA_INLINE HalfVector narrow(float16, FloatVector value) {
   const WordVector overflow = (IntVector)(magnitude > 0x7f800000u) ? WordVector{} + 0x7e00u : WordVector{} + 0x7c00u;
   WordVector result = (IntVector)(magnitude < 0x38800000u) ? subnormal : normal;
   result = (IntVector)(magnitude >= 0x47800000u) ? overflow : result;
-  return __builtin_convertvector(result | sign >> 16, HalfVector);
+  return low_halves(result | sign >> 16);
 }
 
 #endif
