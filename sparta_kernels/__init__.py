@@ -8,11 +8,10 @@ except ImportError as error:
         "(https://pytorch.org/get-started has the command for your machine)"
     ) from error
 
+from sparta_kernels._version import __version__
 from sparta_kernels.backends import use_backend
 from sparta_kernels.info import build_info
 from sparta_kernels.ops import dynamic_conv, pgd_start_, pgd_step_, sparta_gate
-
-__version__ = "0.1.0"
 
 __all__ = [
     "__version__",

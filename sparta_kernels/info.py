@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import Any
 
 import torch
 
 from sparta_kernels import backends
+from sparta_kernels._version import __version__
 from sparta_kernels.backends import native
 
 OPERATIONS = ("sparta_gate", "dynamic_conv", "pgd_step_", "pgd_start_")
@@ -46,7 +46,7 @@ def build_info() -> dict[str, Any]:
     choices = {kind: backends.choose(torch.device(kind), "auto") for kind in kinds}
     return {
         "versions": {
-            "sparta_kernels": importlib.metadata.version("sparta_kernels"),
+            "sparta_kernels": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "compiler": native._native.compiler,
