@@ -203,8 +203,8 @@ def conv_cases(draw: st.DrawFn) -> ConvCase:
 
 # ---- the rule ----------------------------------------------------------------------------------------------
 
-# What one rounding of the arithmetic may cost. For 16-bit images the sigmoid may be wrong by 2^-14 (a polynomial
-# and the processor's quick reciprocal): a quarter of a rounding to float16, but seen in a float32 gradient.
+# What one rounding of the arithmetic may cost. For 16-bit images the sigmoid may err by 2^-14 (a polynomial
+# and the processor's quick reciprocal): a quarter of float16's rounding, but seen in a float32 gradient.
 _UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-16, torch.float16: 2.0**-16}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
 from sparta_kernels import backends
@@ -24,6 +24,8 @@ _shared = {
 }
 settings.register_profile("quick", max_examples=25, derandomize=True, **_shared)
 settings.register_profile("thorough", max_examples=1000, **_shared)
+# For tests/mutants.py: that a test fails is enough, in which smallest case does not matter.
+settings.register_profile("mutants", settings.get_profile("quick"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # Every backend that is compared with the reference: the compiled one at every instruction set that runs here.

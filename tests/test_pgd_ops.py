@@ -108,8 +108,8 @@ def test_step_has_torchattacks_order_of_operations(backend):
     assert_same_bits(adv, want)
 
 
-def test_the_lower_bound_comes_first_as_in_torch(backend):
-    """Where the ball is empty of allowed pixels, clamp's order shows: the upper bound has the last word."""
+def test_the_range_has_the_last_word(backend):
+    """Where no allowed pixel lies in the ball, the nearest allowed one is taken."""
     clean = torch.tensor([-3.0, 3.0, 0.5, 2.0]).view(1, 1, 1, 4)
     adv = clean.clone()
     pgd_step_(adv, torch.zeros_like(adv), clean, 0.1, 0.1, backend=backend)

@@ -1,0 +1,283 @@
+"""Planted faults: each is a small mistake in a copy of the sources, and the tests must catch every one.
+
+    python tests/mutants.py            all of them; make mutants does this
+    python tests/mutants.py NAME ...   some
+    python tests/mutants.py --list     what there is
+
+The sources are copied to a temporary folder and built there, then one fault at a time is planted, what
+depends on it is built again, and the tests named beside it run until one fails. Exits with 1 if a fault
+survives, and with 2 if something else is wrong: a fault whose text is not found exactly once, sources that do
+not build, tests that fail without any fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = (
+    "csrc",
+    "sparta_kernels",
+    "tests",
+    "CMakeLists.txt",
+    "pyproject.toml",
+    "setup.py",
+    "README.md",
+    "LICENSE",
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old`, found once in `file`, becomes `new`; one of `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+GATE, CONV, PGD = "tests/test_gate.py", "tests/test_dynamic_conv.py", "tests/test_pgd_ops.py"
+DISPATCH, BACKENDS, BAD = "tests/test_dispatch.py", "tests/test_backends.py", "tests/test_bad_input.py"
+REFERENCE = "tests/test_reference.py"
+ACTIVATION, PHILOX, KERNELS = "csrc/activation.h", "csrc/philox.h", "csrc/cpu/gate.cpp"
+LIBRARY, NATIVE, OPS = (
+    "sparta_kernels/ops/library.py",
+    "sparta_kernels/backends/native.py",
+    "sparta_kernels/ops",
+)
+
+FAULTS = [
+    # Python, which needs no build.
+    Fault(
+        "wanted-order", LIBRARY, "ctx.needs_input_grad[:count])", "ctx.needs_input_grad[:count])[::-1]", GATE
+    ),
+    Fault(
+        "second-order-gy",
+        LIBRARY,
+        "if need and tensor is not None",
+        "if need and i and tensor is not None",
+        GATE,
+    ),
+    Fault(
+        "row-stride", NATIVE, "(sample_stride, channel_stride) if", "(sample_stride, height * width) if", GATE
+    ),
+    Fault(
+        "dtype-number",
+        NATIVE,
+        "torch.bfloat16: 2, torch.float16: 3",
+        "torch.bfloat16: 3, torch.float16: 2",
+        GATE,
+    ),
+    Fault("gapless", NATIVE, "if tensor.stride() == model.stride():", "if True:", PGD),
+    Fault("untargeted", f"{OPS}/pgd.py", "-step_size if targeted", "step_size if targeted", PGD),
+    Fault("version-counter", f"{OPS}/pgd.py", "    increment_version(adv)  # so", "    # so", PGD),
+    Fault("unchecked-shape", f"{OPS}/checks.py", "if tuple(value.shape) != shape:", "if False:", BAD),
+    Fault(
+        "sticky-backend",
+        "sparta_kernels/backends/__init__.py",
+        "_requested = self._previous",
+        "pass",
+        BACKENDS,
+    ),
+    Fault(
+        "fake-shape", f"{OPS}/conv.py", "if want else spatial.new_empty(0)", "if True else spatial", DISPATCH
+    ),
+    # The specification itself: its own tests compare it with loops, NumPy and autograd.
+    Fault(
+        "reference-slope",
+        "sparta_kernels/reference.py",
+        "relu(x_) * phi * (1 - phi)",
+        "relu(x_) * phi",
+        REFERENCE,
+    ),
+    Fault(
+        "reference-word",
+        "sparta_kernels/reference.py",
+        "quad = torch.arange(-",
+        "quad = 1 + torch.arange(-",
+        REFERENCE,
+    ),
+    # The attack's kernels.
+    Fault("fused-multiply-add", "CMakeLists.txt", "-ffp-contract=off", "-ffp-contract=fast", PGD),
+    Fault(
+        "pgd-tail",
+        "csrc/cpu/pgd.cpp",
+        "ceil_div(args.elements, Lanes::lanes)",
+        "args.elements / Lanes::lanes",
+        PGD,
+    ),
+    Fault("start-order", "csrc/cpu/pgd.cpp", "element % 4])", "3 - element % 4])", PGD),
+    # Conv5.
+    Fault("conv-not-flipped", "csrc/cpu/conv.cpp", "= kernel[taps - 1 - i]", "= kernel[i]", CONV),
+    Fault("conv-border", "csrc/cpu/conv.cpp", "input.row(h + i) + j;", "input.row(h + j) + i;", CONV),
+    # The generator.
+    Fault("philox-constant", PHILOX, "0xD2511F53u", "0xD2511F57u", PGD),
+    Fault("restart-ignored", PHILOX, "(purpose) | restart << 8", "(purpose)", PGD),
+    Fault("high-index", PHILOX, "(unsigned_index >> 32)", "(unsigned_index >> 31)", PGD),
+    # The arithmetic.
+    Fault("gx-sign", ACTIVATION, "zero : gy * phi;", "zero : -gy * phi;", GATE),
+    Fault("gx-at-zero", ACTIVATION, "x <= zero ?", "x < zero ?", GATE),
+    Fault("slope-dropped", ACTIVATION, "* (1.0f - phi)", "", GATE),
+    Fault(
+        "ball-order",
+        ACTIVATION,
+        "clamp(Real(moved - clean), Real(-eps), eps)",
+        "Real(clamp(moved, Real(clean - eps), Real(clean + eps)) - clean)",
+        PGD,
+    ),
+    # The gate's kernels.
+    Fault("gspatial-kernel", KERNELS, "gs[i] *= factors.kernel", "gs[i] *= 1", GATE),
+    Fault("gkernel-missing", KERNELS, "grad_kernel += gs[i]", "grad_kernel += 0 * gs[i]", GATE),
+    Fault("second-stage", KERNELS, "chunk = 1; chunk < chunks.count", "chunk = 1; chunk < 1", GATE),
+    Fault("share-index", KERNELS, "row / s.share * s.cells_wide()", "row / s.share * s.width", GATE),
+    Fault("sample-stride", KERNELS, "sample * m.sample_stride", "sample * rows * cols", GATE),
+    Fault("chunk-stride", KERNELS, "(planar ? 1 : m.row_stride)", "(planar ? 1 : cols)", GATE),
+    Fault("tail-column", KERNELS, "planar ? pixels : s.channels;", "planar ? pixels : s.channels - 1;", GATE),
+]
+
+
+def stop(message: str) -> None:
+    print(f"mutants: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Copy:
+    """The sources in a folder of their own, built there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            else:
+                shutil.copy(source, folder / name)
+        # Two instruction sets, hardly optimised, show every fault and build in a quarter of the time.
+        self.substitute("CMakeLists.txt", r"^  (sparta_cpu_kernels\(|set\(_)avx512.*$", "")
+        self.substitute("CMakeLists.txt", "-O3", "-O1")
+        self.substitute("csrc/cpu/dispatch.cpp", r"^    SPARTA_CPU_KERNELS\(avx512.*$", "")
+        self.run(
+            ["cmake", "-S", ".", "-B", "build", "-G", "Ninja", "-DSPARTA_CUDA=OFF", "-DCMAKE_BUILD_TYPE=None",
+             f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={folder}"]
+        )  # fmt: skip
+        self.build()
+        where = self.run([sys.executable, "-c", "import sparta_kernels; print(sparta_kernels.__file__)"])
+        if not where.startswith(str(folder)):
+            stop(f"the tests would run {where.strip()}, not the copy in {folder}")
+
+    def substitute(self, file: str, pattern: str, new: str) -> None:
+        path = self.folder / file
+        text, count = re.subn(pattern, new, path.read_text(), flags=re.MULTILINE)
+        if count == 0:
+            stop(f"nothing in {file} matches {pattern}")
+        path.write_text(text)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        own = {
+            "PYTHONPATH": str(self.folder),
+            "HYPOTHESIS_PROFILE": "mutants",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        return {**os.environ, **own, "PATH": tools}
+
+    def run(self, command: list[str]) -> str:
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            stop(f"{' '.join(command)} failed\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def build(self) -> None:
+        self.run(["cmake", "--build", "build", "--target", "install"])
+
+    def first_failure(self, tests: list[str]) -> str | None:
+        """The first test that fails, or None."""
+        options = ["-x", "-q", "-rf", "--tb=no", "--no-header", "-m", "not slow", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *tests],
+            cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode == 0:
+            return None
+        if done.returncode < 0:
+            return f"the interpreter died of signal {-done.returncode}"
+        failed = re.search(r"^FAILED (?:tests/)?(.+?)(?: - .*)?$", done.stdout, flags=re.MULTILINE)
+        if done.returncode != 1 or failed is None:
+            stop(f"pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
+        return failed[1]  # type: ignore[index]
+
+
+def plant(copy: Copy, fault: Fault) -> str | None:
+    """The test that catches the fault, or None."""
+    path = copy.folder / fault.file
+    text = path.read_text()
+    compiled = not fault.file.endswith(".py")
+    path.write_text(text.replace(fault.old, fault.new))
+    try:
+        if compiled:
+            copy.build()
+        return copy.first_failure([fault.tests])
+    finally:
+        path.write_text(text)
+
+
+def check_texts(faults: list[Fault]) -> None:
+    for fault in faults:
+        count = (ROOT / fault.file).read_text().count(fault.old)
+        if count != 1:
+            stop(f"{fault.name}: {fault.old!r} stands {count} times in {fault.file}, and must once")
+
+
+def parse(arguments: list[str] | None) -> list[Fault]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="plant these alone")
+    parser.add_argument("--list", action="store_true", help="print the faults and end")
+    given = parser.parse_args(arguments)
+    known = {fault.name: fault for fault in FAULTS}
+    if given.list:
+        for fault in FAULTS:
+            print(f"{fault.name:20} {fault.file}: {fault.old.strip()!r} -> {fault.new.strip()!r}")
+        raise SystemExit(0)
+    if unknown := [name for name in given.names if name not in known]:
+        stop(f"no fault is called {', '.join(unknown)}; --list names them")
+    return [known[name] for name in given.names] or FAULTS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    faults = parse(arguments)
+    check_texts(faults)
+    started = time.monotonic()
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="sparta-mutants-") as folder:
+        copy = Copy(Path(folder))
+        if failed := copy.first_failure(sorted({fault.tests for fault in faults})):
+            stop(f"{failed} fails without a fault")
+        print(f"built and tested without a fault: {time.monotonic() - started:.0f} s", flush=True)
+        for fault in faults:
+            begun = time.monotonic()
+            caught = plant(copy, fault)
+            if caught is None:
+                survivors.append(fault.name)
+            took = time.monotonic() - begun
+            print(f"{fault.name:20} {took:5.1f} s   {caught or 'SURVIVED ' + fault.tests}", flush=True)
+    total = time.monotonic() - started
+    print(f"{len(faults) - len(survivors)} of {len(faults)} faults caught in {total:.0f} s")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
