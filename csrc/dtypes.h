@@ -26,4 +26,12 @@ struct Accumulator<double> {
   using type = double;
 };
 
+// How many significant bits a result has, rounded to T.
+template <class T>
+constexpr int kSignificantBits = 24;  // or more
+template <>
+constexpr int kSignificantBits<float16> = 11;
+template <>
+constexpr int kSignificantBits<bfloat16> = 8;
+
 }  // namespace sparta

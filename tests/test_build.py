@@ -112,7 +112,7 @@ def test_shared_headers_compile_for_a_gpu(tmp_path: Path) -> None:
         '#include "kernels.h"\n#include "philox.h"\n'
         "using namespace sparta;\n"
         "template <class Real> __global__ void all(Real* a, uint32_t* words) {\n"
-        "  const Real phi = sigmoid_scaled<true>(a[0]);\n"
+        "  const Real phi = sigmoid_scaled<24>(a[0]);\n"
         "  a[1] = gate(a[0], phi) + gate_grad_input(a[0], a[1], phi) + gate_grad_logit(a[0], a[1], phi);\n"
         "  a[2] = pgd_stepped(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);\n"
         "  a[3] = pgd_started(a[0], Real(uniform(words[0])), a[1], a[2], a[3]);\n"

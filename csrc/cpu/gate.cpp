@@ -97,8 +97,7 @@ template <class T>
 SPARTA_INLINE typename Simd<T>::Vector gated(typename Simd<T>::Vector x, typename Accumulator<T>::type row_factor,
                                              typename Simd<T>::Vector col_factor) {
   using Acc = typename Accumulator<T>::type;
-  constexpr bool precise = sizeof(T) >= sizeof(float);
-  return gate(x, sigmoid_scaled<precise>(row_factor * static_cast<Acc>(kLogitScale) * col_factor));
+  return gate(x, sigmoid_scaled<kSignificantBits<T>>(row_factor * static_cast<Acc>(kLogitScale) * col_factor));
 }
 
 template <class T, bool stream>
@@ -158,9 +157,8 @@ struct Gradients {
   Vector gx{}, row{}, col{};
 
   SPARTA_INLINE Gradients(Vector x, Vector gy, typename Accumulator<T>::type row_factor, Vector col_factor) {
-    constexpr bool precise = sizeof(T) >= sizeof(float);
     using Acc = typename Accumulator<T>::type;
-    const Vector phi = sigmoid_scaled<precise>(row_factor * static_cast<Acc>(kLogitScale) * col_factor);
+    const Vector phi = sigmoid_scaled<kSignificantBits<T>>(row_factor * static_cast<Acc>(kLogitScale) * col_factor);
     if (want_input) gx = gate_grad_input(x, gy, phi);
     if (want_factors) {
       const Vector gz = gate_grad_logit(x, gy, phi);

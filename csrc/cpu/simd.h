@@ -57,10 +57,10 @@ struct Bound<SPARTA_ISA::FloatVector> {
 template <>
 struct Exp2<SPARTA_ISA::FloatVector> {
   using Vector = SPARTA_ISA::FloatVector;
-  template <bool precise>
+  template <int bits>
   static SPARTA_INLINE Vector of(Vector t) {
     const Vector r = (Vector)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    return (Vector)_mm512_scalef_ps((__m512)exp2_fraction<Vector, precise>(r), (__m512)t);
+    return (Vector)_mm512_scalef_ps((__m512)exp2_fraction<bits>(r), (__m512)t);
   }
 };
 
@@ -68,9 +68,9 @@ struct Exp2<SPARTA_ISA::FloatVector> {
 template <>
 struct Reciprocal<SPARTA_ISA::FloatVector> {
   using Vector = SPARTA_ISA::FloatVector;
-  template <bool precise>
+  template <int bits>
   static SPARTA_INLINE Vector of(Vector value) {
-    return precise ? 1.0f / value : (Vector)_mm512_rcp14_ps((__m512)value);
+    return bits > 11 ? 1.0f / value : (Vector)_mm512_rcp14_ps((__m512)value);
   }
 };
 
