@@ -188,9 +188,7 @@ def check(name: str, candidate: Candidate, inputs: Inputs) -> None:
     _compare(inputs.case, name, _OUTPUTS, [output[picked] for output in got], expected)
 
 
-def _compare(
-    case: Case, name: str, outputs: Sequence[str], got: Sequence[Tensor], expected: Sequence[Tensor]
-) -> None:
+def _compare(case: Case, name: str, outputs: Sequence[str], got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     allowed = _TOLERANCES[case.dtype]
     for output, value, wanted in zip(outputs, got, expected, strict=True):
         wanted = wanted.detach().double()

@@ -97,9 +97,7 @@ def _measure(options: argparse.Namespace, cases: Sequence[gates.Case], document:
                 say(f"{case}: measuring {direction}")
                 calls = {name: getattr(ready, direction)(inputs) for name, ready in candidates.items()}
                 with timing.OtherLoad() as others:
-                    times = timing.interleave(
-                        calls, inputs=count, seconds=options.seconds, rounds=options.rounds
-                    )
+                    times = timing.interleave(calls, inputs=count, seconds=options.seconds, rounds=options.rounds)
                 found = bars.cell(case.shape, case.dtype, case.layout, case.size, direction)
                 found |= {"inputs": count, "other_load": others.share}
                 found["candidates"] = {name: time.as_dict() for name, time in times.items()}

@@ -82,9 +82,7 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 90,
     batch_size: Annotated[int, typer.Option(min=3, help="Images in a batch, at most.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 0.1,
-    schedule: Annotated[
-        str, typer.Option(help=f"Its course: {', '.join(training.SCHEDULES)}.")
-    ] = "milestones",
+    schedule: Annotated[str, typer.Option(help=f"Its course: {', '.join(training.SCHEDULES)}.")] = "milestones",
     milestones: Annotated[
         Any, typer.Option(parser=_integers, metavar="EPOCHS", help="Epochs after which it drops to a tenth.")
     ] = "30,60",
@@ -97,9 +95,7 @@ def train(
     attack_steps: Annotated[int, typer.Option(min=1, help="Steps of that attack.")] = 10,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from CHECKPOINT.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start again though CHECKPOINT exists.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again though CHECKPOINT exists.")] = False,
     backend: Annotated[str, typer.Option(help=f"What computes: {', '.join(backends.NAMES)}.")] = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -187,9 +183,7 @@ def evaluate(
     device: Device = "cpu",
     threads: Threads = None,
     json_file: Json = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the loss at every iteration here (.png, .pdf).")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the loss at every iteration here (.png, .pdf).")] = None,
 ) -> None:
     """Evaluate networks on clean test images and under targeted PGD, all iterations from one run."""
     place = _device(device, threads)
@@ -302,9 +296,7 @@ def _device(name: str, threads: int | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise typer.BadParameter(
-            f"must be cpu, cuda or cuda:N, got {name!r}", param_hint="--device"
-        ) from None
+        raise typer.BadParameter(f"must be cpu, cuda or cuda:N, got {name!r}", param_hint="--device") from None
     count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
     if (device.index or 0) >= count:
         raise typer.BadParameter(f"{name!r} is not on this machine", param_hint="--device")
@@ -329,9 +321,7 @@ def _check_output(name: str | None, option: str) -> None:
             raise typer.BadParameter(str(error), param_hint=option) from error
 
 
-def _load_models(
-    paths: Sequence[Path], dataset: data.Dataset, device: torch.device
-) -> dict[str, tuple[Path, ResNet]]:
+def _load_models(paths: Sequence[Path], dataset: data.Dataset, device: torch.device) -> dict[str, tuple[Path, ResNet]]:
     """The networks in these files, by a short name of each; all must fit the data set."""
     models: dict[str, tuple[Path, ResNet]] = {}
     stems = [path.stem for path in paths]

@@ -357,9 +357,7 @@ def pgd_step(
         rounded by itself (no fused multiply-add), and rounded once to the dtype of adv.
     """
     work = _computing_dtype(adv.dtype)
-    step, radius, low, high = (
-        torch.tensor(v, dtype=work, device=adv.device) for v in (step_size, eps, lower, upper)
-    )
+    step, radius, low, high = (torch.tensor(v, dtype=work, device=adv.device) for v in (step_size, eps, lower, upper))
     clean_ = clean.to(work)
     move = step * torch.sign(grad.to(work))
     a = adv.to(work) - move if targeted else adv.to(work) + move

@@ -246,6 +246,4 @@ def assert_same_bits(got: Tensor, expected: Tensor, name: str = "") -> None:
     same = got.contiguous().view(integer) == expected.contiguous().view(integer)
     same |= got.isnan() & expected.isnan()
     where = (~same).nonzero()
-    assert not len(where), (
-        f"{name}: {len(where)} of {same.numel()} elements differ, the first at {where[0].tolist()}"
-    )
+    assert not len(where), f"{name}: {len(where)} of {same.numel()} elements differ, the first at {where[0].tolist()}"

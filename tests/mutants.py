@@ -59,9 +59,7 @@ LIBRARY, NATIVE, OPS = (
 
 FAULTS = [
     # Python, which needs no build.
-    Fault(
-        "wanted-order", LIBRARY, "ctx.needs_input_grad[:count])", "ctx.needs_input_grad[:count])[::-1]", GATE
-    ),
+    Fault("wanted-order", LIBRARY, "ctx.needs_input_grad[:count])", "ctx.needs_input_grad[:count])[::-1]", GATE),
     Fault(
         "second-order-gy",
         LIBRARY,
@@ -69,9 +67,7 @@ FAULTS = [
         "if need and i and tensor is not None",
         GATE,
     ),
-    Fault(
-        "row-stride", NATIVE, "(sample_stride, channel_stride) if", "(sample_stride, height * width) if", GATE
-    ),
+    Fault("row-stride", NATIVE, "(sample_stride, channel_stride) if", "(sample_stride, height * width) if", GATE),
     Fault(
         "dtype-number",
         NATIVE,
@@ -90,9 +86,7 @@ FAULTS = [
         "pass",
         BACKENDS,
     ),
-    Fault(
-        "fake-shape", f"{OPS}/conv.py", "if want else spatial.new_empty(0)", "if True else spatial", DISPATCH
-    ),
+    Fault("fake-shape", f"{OPS}/conv.py", "if want else spatial.new_empty(0)", "if True else spatial", DISPATCH),
     # The specification itself: its own tests compare it with loops, NumPy and autograd.
     Fault(
         "reference-slope",

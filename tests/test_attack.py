@@ -242,9 +242,7 @@ def test_given_targets(model, images, labels):
     targets = (labels + 2) % CLASSES
     result = pgd(model, images, labels, **SETTINGS, targets=targets.to(torch.int32))
     assert torch.equal(result.targets, targets)
-    assert torch.equal(
-        result.adversarial, pgd(model, images, labels, **SETTINGS, targets=targets).adversarial
-    )
+    assert torch.equal(result.adversarial, pgd(model, images, labels, **SETTINGS, targets=targets).adversarial)
 
 
 def test_eps_zero_is_the_image(model, images, labels):
@@ -332,9 +330,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "error"), WRONG, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(WRONG)]
-)
+@pytest.mark.parametrize(("name", "value", "error"), WRONG, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(WRONG)])
 def test_wrong_arguments(model, images, labels, name, value, error):
     arguments = {"model": model, "images": images, "labels": labels, **SETTINGS, name: value}
     with pytest.raises(error, match=rf"^pgd: (each of )?{name} must "):

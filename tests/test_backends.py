@@ -106,9 +106,7 @@ def test_backward_stays_with_the_backend_of_forward(used):
 
 def test_a_backend_without_kernels_for_the_device_is_refused():
     cuda = torch.device("cuda")
-    with pytest.raises(
-        ValueError, match="'native' has no kernels for cuda tensors; available there: reference"
-    ):
+    with pytest.raises(ValueError, match="'native' has no kernels for cuda tensors; available there: reference"):
         backends.choose(cuda, "native")
     with use_backend("native"), pytest.raises(ValueError, match="has no kernels for cuda"):
         backends.choose(cuda)

@@ -257,9 +257,7 @@ def test_a_wrong_call_names_its_argument_and_writes_nothing(
     if "backend" in arguments:
         arguments["backend"] = backend
     arguments[argument] = value
-    before = {
-        n: t.clone() for n, t in arguments.items() if isinstance(t, torch.Tensor) and t.device.type == "cpu"
-    }
+    before = {n: t.clone() for n, t in arguments.items() if isinstance(t, torch.Tensor) and t.device.type == "cpu"}
     with pytest.raises(error, match=message) as raised:
         operation(**arguments)
     text = str(raised.value)
@@ -276,9 +274,7 @@ def test_the_table_has_every_argument_of_every_operation():
     public = {name: getattr(sparta_kernels, name) for name in sparta_kernels.__all__ if name != "__version__"}
     del public["build_info"]  # takes nothing
     expected = {
-        (operation, argument)
-        for operation in public.values()
-        for argument in inspect.signature(operation).parameters
+        (operation, argument) for operation in public.values() for argument in inspect.signature(operation).parameters
     }
     assert expected == set(TABLE)
     assert all(TABLE.values())

@@ -1,4 +1,4 @@
-"""The build: a wheel made under isolation, without torch, and what CMake says when CUDA is there, missing, or refused."""
+"""The build: a wheel made under isolation, without torch, and what CMake says of CUDA."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(
-    command: list[str | Path], folder: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run(command: list[str | Path], folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(part) for part in command],
         cwd=folder,

@@ -92,9 +92,7 @@ def test_evaluate(checkpoint, tmp_path):
     out, plot = tmp_path / "out.json", tmp_path / "plot.png"
     backends = ["--backend", "auto", "--backend", "reference"]
     files = ["--json", out, "--plot", plot]
-    result = run(
-        "evaluate", checkpoint, other, "--steps", 11, "--eps", 0.1, "--step-size", "2/255", *backends, *files
-    )
+    result = run("evaluate", checkpoint, other, "--steps", 11, "--eps", 0.1, "--step-size", "2/255", *backends, *files)
     assert result.exit_code == 0, result.output
     for words in (
         "40 digits test images, eps 25.5/255, step 2/255",
@@ -256,9 +254,7 @@ def test_wrong_checkpoints_to_evaluate(checkpoint, tmp_path, capsys, monkeypatch
         assert "CHECKPOINTS" in err
         assert words in err
     assert sorted(os.listdir(tmp_path)) == ["damaged", "foreign"]
-    code, err = _one_line(
-        ["evaluate", checkpoint, "--json", tmp_path / "a.png", "--plot", tmp_path / "a.png"], capsys
-    )
+    code, err = _one_line(["evaluate", checkpoint, "--json", tmp_path / "a.png", "--plot", tmp_path / "a.png"], capsys)
     assert code == 2
     assert "--plot" in err
     wide = data.Dataset("wide", 10, (3, 8, 8), (0.0,) * 3, (1.0,) * 3, lambda *_: None)

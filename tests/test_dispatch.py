@@ -23,9 +23,7 @@ raw = torch.ops.sparta_kernels
 F32 = (torch.float32,) * 3
 
 
-def gate_inputs(
-    layout: str = "contiguous", share: int = 1, samples: int = 2, height: int = 6
-) -> list[Tensor]:
+def gate_inputs(layout: str = "contiguous", share: int = 1, samples: int = 2, height: int = 6) -> list[Tensor]:
     case = GateCase((samples, 3, height, 4), torch.float32, F32, share, layout)
     return [t for t in case.inputs() if t is not None]
 
@@ -121,9 +119,7 @@ def test_compile_with_dynamic_shapes_compiles_once(operation):
 @pytest.mark.usefixtures("fresh")
 def test_compile_sees_which_inputs_need_a_gradient():
     x, spatial, channel, kernel = gate_inputs()
-    compiled = torch.compile(
-        lambda *t: sparta_gate(*t, backend="native"), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda *t: sparta_gate(*t, backend="native"), fullgraph=True, backend="aot_eager")
     channel.requires_grad_()
     compiled(x, spatial, channel, kernel).sum().backward()
     wants = reference.gate_backward(torch.ones_like(x), x, spatial, channel.detach(), kernel)
@@ -273,9 +269,7 @@ def test_func_hessian_by_reverse_over_reverse():
 
 
 @pytest.mark.filterwarnings("error:There is a performance drop")
-@pytest.mark.parametrize(
-    "in_dims", [(0, 0, 0, 0), (0, None, None, None), (None, 0, 1, None), (1, 1, 1, 1)], ids=str
-)
+@pytest.mark.parametrize("in_dims", [(0, 0, 0, 0), (0, None, None, None), (None, 0, 1, None), (1, 1, 1, 1)], ids=str)
 def test_vmap(in_dims):
     generator = torch.Generator().manual_seed(3)
     shapes = [(2, 3, 4, 4), (2, 1, 4, 4), (2, 3), (2,)]

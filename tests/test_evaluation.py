@@ -68,9 +68,7 @@ def test_equals_the_attack(model, images, labels):
 
 def test_every_batch_has_one_shape_and_padding_does_not_count(model, images, labels):
     ticks = []
-    found = evaluate(
-        model, images, labels, **SETTINGS, batch_size=4, progress=lambda *tick: ticks.append(tick)
-    )
+    found = evaluate(model, images, labels, **SETTINGS, batch_size=4, progress=lambda *tick: ticks.append(tick))
     assert model.shapes == {(4, 1, 6, 6)}
     assert ticks == [(i, 15) for i in range(1, 16)]  # 3 batches of 1 clean pass and 4 iterates
     whole = evaluate(model, images, labels, **SETTINGS, batch_size=10)
@@ -89,9 +87,7 @@ def test_an_image_s_result_does_not_depend_on_how_many_there_are(model, images, 
     some = evaluate(model, images[:3], labels[:3], **SETTINGS, batch_size=3)
     more = evaluate(model, images[:6], labels[:6], **SETTINGS, batch_size=3)
     rest = evaluate(model, images[3:6], labels[3:6], **SETTINGS, batch_size=3, indices=torch.arange(3, 6))
-    assert more.loss_mean == pytest.approx(
-        [(a + b) / 2 for a, b in zip(some.loss_mean, rest.loss_mean, strict=True)]
-    )
+    assert more.loss_mean == pytest.approx([(a + b) / 2 for a, b in zip(some.loss_mean, rest.loss_mean, strict=True)])
 
 
 def test_bytes_are_pixels(model, images, labels):
@@ -214,19 +210,14 @@ def test_plot_draws_each_model_once(document, tmp_path, monkeypatch):
 
     drawn = []
     plot = Axes.plot
-    monkeypatch.setattr(
-        Axes, "plot", lambda self, x, y, **kw: drawn.append((list(x), y, kw)) or plot(self, x, y, **kw)
-    )
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **kw: drawn.append((list(x), y, kw)) or plot(self, x, y, **kw))
     report.plot_losses(tmp_path / "loss.png", document)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [kw["label"].split(":")[0] for _, _, kw in drawn] == ["plain", "robust"]
     assert [x for x, _, _ in drawn] == [[0, 1, 2, 3]] * 2
     assert drawn[0][1] == document["results"][0]["loss_mean"]
     report.plot_losses(tmp_path / "loss.svg", document)
-    assert (
-        b"PGD iteration" in (tmp_path / "loss.svg").read_bytes()
-        or b"<svg" in (tmp_path / "loss.svg").read_bytes()
-    )
+    assert b"PGD iteration" in (tmp_path / "loss.svg").read_bytes() or b"<svg" in (tmp_path / "loss.svg").read_bytes()
 
 
 def test_plots_that_cannot_be_drawn(document, tmp_path, monkeypatch):

@@ -155,9 +155,7 @@ def test_needs_input_grad_reaches_the_kernel(monkeypatch, needed):
     inputs = GateCase((2, 3, 4, 4), torch.float32, (torch.float32,) * 3).inputs()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = sparta_gate(
-            *(t.requires_grad_(need) for t, need in zip(inputs, needed, strict=True)), backend="native"
-        )
+        y = sparta_gate(*(t.requires_grad_(need) for t, need in zip(inputs, needed, strict=True)), backend="native")
     if not any(needed):
         assert not y.requires_grad
         assert not saved
@@ -171,9 +169,7 @@ def test_needs_input_grad_reaches_the_kernel(monkeypatch, needed):
 
 
 def test_nothing_is_saved_without_grad_mode():
-    inputs = [
-        t.requires_grad_() for t in GateCase((2, 3, 4, 4), torch.float32, (torch.float32,) * 3).inputs()
-    ]
+    inputs = [t.requires_grad_() for t in GateCase((2, 3, 4, 4), torch.float32, (torch.float32,) * 3).inputs()]
     saved = []
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
         assert not sparta_gate(*inputs, backend="native").requires_grad
@@ -265,9 +261,7 @@ def test_phi_from_one_end_to_the_other(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(
-    ("shape", "share"), [((3, 40, 33, 31), 1), ((1, 2, 300, 311), 4), ((64, 512, 4, 4), 1)]
-)
+@pytest.mark.parametrize(("shape", "share"), [((3, 40, 33, 31), 1), ((1, 2, 300, 311), 4), ((64, 512, 4, 4), 1)])
 def test_the_same_bits_every_time_and_for_any_number_of_threads(backend, shape, share, layout, dtype):
     case = GateCase(shape, dtype, (torch.float32,) * 3, share, layout, layout)
     torch.set_num_threads(1)
@@ -398,9 +392,7 @@ def test_double_backward_of_a_function_of_one_tensor():
 
     def curvature(backend: str) -> Tensor:
         leaf = x.clone().requires_grad_()
-        y = sparta_gate(
-            leaf, leaf.mean(1, keepdim=True), leaf.mean((2, 3)), leaf.sum((1, 2, 3)), backend=backend
-        )
+        y = sparta_gate(leaf, leaf.mean(1, keepdim=True), leaf.mean((2, 3)), leaf.sum((1, 2, 3)), backend=backend)
         (gradient,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), leaf)[0]
 
@@ -434,11 +426,7 @@ def test_strides_past_2_to_the_31(backend, monkeypatch, shape, channels_last):
             return getattr(torch, name)
 
         def empty_like(self, model):
-            return (
-                far(next(outputs))
-                if model.dim() == 4 and model.stride() == stride
-                else torch.empty_like(model)
-            )
+            return far(next(outputs)) if model.dim() == 4 and model.stride() == stride else torch.empty_like(model)
 
     layout = "channels_last" if channels_last else "contiguous"
     case = GateCase(shape, torch.bfloat16, (torch.float32,) * 3, 1, layout, layout)

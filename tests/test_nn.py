@@ -77,11 +77,7 @@ def test_running_statistics_move_in_training_alone(training):
     before = {name: value.clone() for name, value in module.named_buffers()}
     module(x)
     h1 = F.conv2d(x, module.conv1.weight, module.conv1.bias)
-    want = (
-        before["bn1.running_mean"] * 0.9 + 0.1 * h1.mean((0, 2, 3))
-        if training
-        else before["bn1.running_mean"]
-    )
+    want = before["bn1.running_mean"] * 0.9 + 0.1 * h1.mean((0, 2, 3)) if training else before["bn1.running_mean"]
     torch.testing.assert_close(module.bn1.running_mean, want)
     for name, value in module.named_buffers():
         assert torch.equal(value, before[name]) != training, name
@@ -355,8 +351,7 @@ def test_a_relu_network_is_its_formula():
 
     def norm(name: str, value: Tensor) -> Tensor:
         mean, var, weight, bias = (
-            state[f"{name}.{part}"][:, None, None]
-            for part in ("running_mean", "running_var", "weight", "bias")
+            state[f"{name}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
         )
         return (value - mean) / (var + 1e-5).sqrt() * weight + bias
 
@@ -384,9 +379,7 @@ def test_normalisation_lives_in_the_model():
     assert len(state) == len(normed.state_dict()) - 2
     plain.load_state_dict(state, strict=False)
     x = torch.rand(2, 3, 8, 8)
-    by_hand = (x - torch.tensor([0.1, 0.5, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[
-        :, None, None
-    ]
+    by_hand = (x - torch.tensor([0.1, 0.5, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[:, None, None]
     torch.testing.assert_close(normed(x), plain(by_hand))
 
 

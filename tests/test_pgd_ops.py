@@ -31,9 +31,7 @@ def assert_same_images(got: Tensor, want: Tensor) -> None:
     assert_same_bits(flush(got), flush(want))
 
 
-def images(
-    seed: int, shape: tuple[int, ...], dtype: torch.dtype, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def images(seed: int, shape: tuple[int, ...], dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """adv (some of it on the edge of the ball, some past it, and of the range), grad (with zeros), clean."""
     generator = torch.Generator().manual_seed(seed)
     clean = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -222,9 +220,7 @@ def test_start_is_the_reference(backend, shape, dtype, layouts, eps, bounds, fir
     _, _, clean = images(1, shape, dtype, eps)
     indices = first + torch.arange(shape[0])
     adv, clean = lay(torch.full_like(clean, NAN), layouts[0]), lay(clean, layouts[1])
-    want = reference.pgd_start(
-        clean, indices, eps=eps, seed=seed, restart=restart, lower=bounds[0], upper=bounds[1]
-    )
+    want = reference.pgd_start(clean, indices, eps=eps, seed=seed, restart=restart, lower=bounds[0], upper=bounds[1])
     options = {"seed": seed, "restart": restart, "lower": bounds[0], "upper": bounds[1], "backend": backend}
     assert pgd_start_(adv, clean, indices, eps, **options) is adv
     assert_same_images(adv, want)
@@ -259,9 +255,7 @@ def test_seeds_indices_and_restarts_give_other_noise(backend):
     clean = torch.full((1, 3, 16, 16), 0.5)
 
     def start(index: int = 0, **options: int) -> Tensor:
-        return pgd_start_(
-            torch.empty_like(clean), clean, torch.tensor([index]), 0.3, backend=backend, **options
-        )
+        return pgd_start_(torch.empty_like(clean), clean, torch.tensor([index]), 0.3, backend=backend, **options)
 
     starts = [start(), start(1), start(2**32), start(seed=1), start(seed=2**32), start(restart=1)]
     for a, b in itertools.combinations(starts, 2):

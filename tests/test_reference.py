@@ -82,9 +82,7 @@ def test_gate_in_low_precision_rounds_once(dtype, small):
 
 def test_gate_gradients_come_back_in_each_inputs_dtype():
     dtypes = (torch.bfloat16, torch.float32, torch.float64, torch.float16)
-    leaves = [
-        t.detach().to(d).requires_grad_() for t, d in zip(gate_inputs((2, 3, 4, 5)), dtypes, strict=True)
-    ]
+    leaves = [t.detach().to(d).requires_grad_() for t, d in zip(gate_inputs((2, 3, 4, 5)), dtypes, strict=True)]
     y = reference.gate(*leaves)
     grads = torch.autograd.grad(y.sum(), leaves)
     assert tuple(g.dtype for g in grads) == dtypes
@@ -258,9 +256,7 @@ def test_attention_and_sparta_against_numpy(size, dynamic, training, share):
     x = torch.sin(torch.arange(2 * 3 * 5 * 6, dtype=torch.float64) * 1.3).view(2, 3, 5, 6)
     given = parameters(3, 4, size, dynamic)
     before = {name: value.clone() for name, value in given.items()}
-    spatial, channel, kernel = reference.attention(
-        x, given, kernel_size=size, dynamic=dynamic, training=training
-    )
+    spatial, channel, kernel = reference.attention(x, given, kernel_size=size, dynamic=dynamic, training=training)
     arrays = {name: value.numpy() for name, value in given.items()}
     a, c, k = numpy_attention(x.numpy(), arrays, size, dynamic, training)
     np.testing.assert_allclose(spatial.numpy(), a, rtol=1e-10, atol=1e-12)
@@ -349,9 +345,7 @@ def test_uniform_streams_differ():
     indices = torch.arange(4)
     streams = [
         reference.uniform(seed, indices + shift, 64, purpose, restart)
-        for seed, shift, purpose, restart in itertools.product(
-            (0, 1, 2**32), (0, 4, 2**32), (0, 1, 2), (0, 1)
-        )
+        for seed, shift, purpose, restart in itertools.product((0, 1, 2**32), (0, 4, 2**32), (0, 1, 2), (0, 1))
     ]
     assert len({tuple(row) for stream in streams for row in stream.tolist()}) == len(streams) * 4
 

@@ -135,9 +135,7 @@ def test_standard_training_makes_no_attack(path, monkeypatch):
     settings = Settings(**TINY | {"attack": "none", "epochs": 2})
     history = train(settings, path, on_batch=batches.append, on_epoch=epochs.append)
     assert epochs == history
-    assert [(b.epoch, b.number, b.batches) for b in batches] == [
-        (e, n, 4) for e in (1, 2) for n in (1, 2, 3, 4)
-    ]
+    assert [(b.epoch, b.number, b.batches) for b in batches] == [(e, n, 4) for e in (1, 2) for n in (1, 2, 3, 4)]
     first = batches[:4]
     assert sum(b.images for b in first) == IMAGES
     assert history[0].loss == pytest.approx(sum(b.loss * b.images for b in first) / IMAGES)
@@ -145,9 +143,7 @@ def test_standard_training_makes_no_attack(path, monkeypatch):
 
 
 def test_training_learns(path):
-    settings = Settings(
-        width=4, epochs=12, batch_size=10, attack="none", schedule="one-cycle", learning_rate=0.1
-    )
+    settings = Settings(width=4, epochs=12, batch_size=10, attack="none", schedule="one-cycle", learning_rate=0.1)
     history = train(settings, path)
     assert history[-1].error < 0.5 < history[0].error
 

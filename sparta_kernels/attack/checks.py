@@ -76,15 +76,11 @@ def images(where: str, value: object) -> Tensor:
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{where}: images must be float32 or float64 in [0, 1], got {value.dtype}")
     if value.ndim != 4 or 0 in value.shape[1:]:
-        raise ValueError(
-            f"{where}: images must have shape (N, C, H, W) with C, H, W >= 1, got {tuple(value.shape)}"
-        )
+        raise ValueError(f"{where}: images must have shape (N, C, H, W) with C, H, W >= 1, got {tuple(value.shape)}")
     if value.numel():
         low, high = (bound.item() for bound in value.detach().aminmax())
         if not (low >= 0 and high <= 1):  # NaN fails both
-            raise ValueError(
-                f"{where}: images must lie in [0, 1] without NaN, got values from {low:g} to {high:g}"
-            )
+            raise ValueError(f"{where}: images must lie in [0, 1] without NaN, got values from {low:g} to {high:g}")
     return value.detach()
 
 
@@ -95,9 +91,7 @@ def integers(where: str, name: str, value: object, like: Tensor) -> Tensor:
     if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"{where}: {name} must have an integer dtype, got {value.dtype}")
     if value.shape != like.shape[:1]:
-        raise ValueError(
-            f"{where}: {name} must have shape (N,) = ({like.shape[0]},), got {tuple(value.shape)}"
-        )
+        raise ValueError(f"{where}: {name} must have shape (N,) = ({like.shape[0]},), got {tuple(value.shape)}")
     if value.device != like.device:
         raise ValueError(f"{where}: {name} must be on the images' device {like.device}, got {value.device}")
     return value.detach().to(torch.int64, copy=True)
@@ -131,9 +125,7 @@ def model(where: str, value: object, like: object) -> nn.Module:
     for name, module in value.named_modules():
         if module.training:
             part = f"{name!r} ({type(module).__name__})" if name else type(module).__name__
-            raise ValueError(
-                f"{where}: model must be in eval mode (call model.eval()), got {part} in training mode"
-            )
+            raise ValueError(f"{where}: model must be in eval mode (call model.eval()), got {part} in training mode")
     devices = {parameter.device for parameter in value.parameters()}
     if isinstance(like, Tensor) and devices and like.device not in devices:
         raise ValueError(f"{where}: images must be on the model's device {devices.pop()}, got {like.device}")

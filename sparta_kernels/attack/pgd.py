@@ -177,15 +177,11 @@ def _forward(model: nn.Module, adversarial: Tensor, *, differentiable: bool) -> 
         logits = model(leaf)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(leaf) or logits.shape[1] < 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"pgd: model must return logits of shape (N, classes) = ({len(leaf)}, 2 or more), got {got}"
-        )
+        raise ValueError(f"pgd: model must return logits of shape (N, classes) = ({len(leaf)}, 2 or more), got {got}")
     if not logits.is_floating_point():
         raise ValueError(f"pgd: model must return floating point logits, got {logits.dtype}")
     if differentiable and not logits.requires_grad:
-        raise ValueError(
-            "pgd: model must return logits that depend on the images, got a result without a gradient"
-        )
+        raise ValueError("pgd: model must return logits that depend on the images, got a result without a gradient")
     return leaf, logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -208,7 +204,5 @@ def _goal(
     checks.within("pgd", "targets", targets, classes)
     same = int((targets == labels).sum())
     if same:
-        raise ValueError(
-            f"pgd: targets must differ from the labels, got {same} of {len(labels)} that are equal"
-        )
+        raise ValueError(f"pgd: targets must differ from the labels, got {same} of {len(labels)} that are equal")
     return targets

@@ -94,4 +94,6 @@ def _check_name(name: str, argument: str) -> None:
     if name not in NAMES:
         raise ValueError(f"{argument} must be one of {', '.join(NAMES)}; got {name!r}")
     if name not in ("auto", "reference", *MODULES):
-        raise ValueError(f"{argument} {name!r} is not part of this build; available: auto, reference, {', '.join(MODULES)}")
+        raise ValueError(
+            f"{argument} {name!r} is not part of this build; available: auto, reference, {', '.join(MODULES)}"
+        )

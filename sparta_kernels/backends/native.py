@@ -116,7 +116,7 @@ def gate_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     planar = _is_planar(x)
     x_read, x_rows = _as_rows(x, planar)
-    gy_read, gy_rows = _as_rows(gy, planar)
+    gy_read, gy_rows = _as_rows(gy, planar)  # noqa: RUF059 - where it is a copy, it must outlive the call
     spatial, channel = spatial.contiguous(), channel.contiguous()
     kernel = None if kernel is None else kernel.contiguous()
     gx = _Output(x, planar) if wanted[0] else None

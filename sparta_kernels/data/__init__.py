@@ -20,9 +20,7 @@ def describe(name: str) -> Dataset:
     return DATASETS[name]
 
 
-def load(
-    name: str, root: str | os.PathLike[str] | None = None, split: str = "train"
-) -> tuple[Tensor, Tensor]:
+def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "train") -> tuple[Tensor, Tensor]:
     """One split of a data set.
 
     Args:

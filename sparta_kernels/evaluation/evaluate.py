@@ -44,8 +44,7 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """The evaluation as JSON can hold it: iterates become strings."""
         by_iterate = {
-            name: {str(k): share for k, share in getattr(self, name).items()}
-            for name in ("errors", "target_success")
+            name: {str(k): share for k, share in getattr(self, name).items()} for name in ("errors", "target_success")
         }
         return asdict(self) | by_iterate
 

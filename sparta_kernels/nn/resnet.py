@@ -47,9 +47,7 @@ def parse_sites(sites: str, blocks: Sequence[int] = (2, 2, 2, 2)) -> frozenset[t
                 raise ValueError(f"parse_sites: sites must name groups in 1..{len(blocks)}, got {sites!r}")
             count = blocks[group - 1]
             if not 1 <= block <= count:
-                raise ValueError(
-                    f"parse_sites: sites must name blocks in 1..{count} of group {group}, got {sites!r}"
-                )
+                raise ValueError(f"parse_sites: sites must name blocks in 1..{count} of group {group}, got {sites!r}")
             if (group, block) in found:
                 raise ValueError(f"parse_sites: sites must name G{group}.B{block} once, got {sites!r}")
             found.add((group, block))
@@ -160,9 +158,7 @@ class ResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def _per_channel(
-    name: str, value: float | Sequence[float], channels: int, allowed: str, low: float
-) -> Tensor:
+def _per_channel(name: str, value: float | Sequence[float], channels: int, allowed: str, low: float) -> Tensor:
     """`value` for every channel, each finite and above `low`."""
     allowed = f"ResNet: {name} must be {allowed}, one or one for each of the {channels} channels"
     try:

@@ -20,9 +20,7 @@ def check_tensor(operation: str, name: str, value: object, like: Tensor | None =
     if value.layout != torch.strided:
         raise TypeError(f"{operation}: {name} must be a strided tensor, got {value.layout}")
     if like is not None and value.device != like.device:
-        raise ValueError(
-            f"{operation}: {name} must be on {like.device} like the first tensor, got {value.device}"
-        )
+        raise ValueError(f"{operation}: {name} must be on {like.device} like the first tensor, got {value.device}")
 
 
 def check_shape(operation: str, name: str, value: Tensor, meaning: str, shape: tuple[int, ...]) -> None:

@@ -77,9 +77,7 @@ def dynamic_conv(spatial: Tensor, kernel: Tensor, *, backend: str | None = None)
         check_shape("dynamic_conv", "spatial", spatial, "(N, 1, H, W)", (samples, 1, height, width))
     check_tensor("dynamic_conv", "kernel", kernel, spatial)
     if kernel.dim() != 3 or kernel.shape[1] != kernel.shape[2] or kernel.shape[1] % 2 == 0:
-        raise ValueError(
-            f"dynamic_conv: kernel must have shape (N, K, K) with K odd, got {tuple(kernel.shape)}"
-        )
+        raise ValueError(f"dynamic_conv: kernel must have shape (N, K, K) with K odd, got {tuple(kernel.shape)}")
     size = kernel.shape[-1]
     check_shape("dynamic_conv", "kernel", kernel, "(N, K, K)", (samples, size, size))
     chosen = backends.choose(spatial.device, backend, "dynamic_conv: backend").backend

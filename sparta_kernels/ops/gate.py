@@ -10,9 +10,7 @@ from sparta_kernels.ops.checks import check_images, check_integer, check_shape, 
 from sparta_kernels.ops.library import differentiable, fill, register
 
 
-def _forward(
-    x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None, share: int, backend: str
-) -> Tensor:
+def _forward(x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None, share: int, backend: str) -> Tensor:
     return backends.MODULES[backend].gate_forward(x, spatial, channel, kernel, share)
 
 
@@ -50,9 +48,7 @@ def _backward_fake(
         if tensor is None or not want:
             return x.new_empty(0)
         return (
-            torch.empty_like(tensor, memory_format=torch.contiguous_format)
-            if contiguous
-            else torch.empty_like(tensor)
+            torch.empty_like(tensor, memory_format=torch.contiguous_format) if contiguous else torch.empty_like(tensor)
         )
 
     small = [empty(t, want, True) for t, want in zip((spatial, channel, kernel), wanted[1:], strict=True)]

@@ -77,14 +77,10 @@ def _check_adv(operation: str, adv: Tensor) -> None:
     check_tensor(operation, "adv", adv)
     check_images(operation, "adv", adv)
     if adv.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{operation}: adv must not require a gradient while it is written; use torch.no_grad()"
-        )
+        raise ValueError(f"{operation}: adv must not require a gradient while it is written; use torch.no_grad()")
     expanded = any(stride == 0 and extent > 1 for stride, extent in zip(adv.stride(), adv.shape, strict=True))
     if expanded and adv.numel() > 0:
-        raise ValueError(
-            f"{operation}: adv is written, so it must not be expanded; got strides {adv.stride()}"
-        )
+        raise ValueError(f"{operation}: adv is written, so it must not be expanded; got strides {adv.stride()}")
 
 
 def pgd_step_(
@@ -180,9 +176,7 @@ def pgd_start_(
         raise TypeError(f"pgd_start_: indices must be an int64 tensor, got {given}")
     check_shape("pgd_start_", "indices", indices, "(N,)", (adv.shape[0],))
     if indices.device != adv.device:
-        raise ValueError(
-            f"pgd_start_: indices must be on {adv.device} like the first tensor, got {indices.device}"
-        )
+        raise ValueError(f"pgd_start_: indices must be on {adv.device} like the first tensor, got {indices.device}")
     check_number("pgd_start_", "eps", eps, 0.0)
     check_integer("pgd_start_", "seed", seed, 0, 2**63 - 1)
     check_integer("pgd_start_", "restart", restart, 0, 2**24 - 1)
@@ -190,9 +184,7 @@ def pgd_start_(
     chosen = backends.choose(adv.device, backend, "pgd_start_: backend").backend
     with torch.no_grad():
         if chosen == "reference":
-            start = reference.pgd_start(
-                clean, indices, eps=eps, seed=seed, restart=restart, lower=lower, upper=upper
-            )
+            start = reference.pgd_start(clean, indices, eps=eps, seed=seed, restart=restart, lower=lower, upper=upper)
             return adv.copy_(start)
         torch.ops.sparta_kernels._pgd_start_(adv, clean, indices, eps, seed, restart, lower, upper, chosen)
     return adv

@@ -99,9 +99,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(metadata, model.eval(), momentum)
 
 
-def load_checkpoint(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu"
-) -> tuple[ResNet, dict[str, Any]]:
+def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[ResNet, dict[str, Any]]:
     """The network in a checkpoint, in eval mode on `device`, and the description of its run.
 
     Returns:
@@ -125,11 +123,7 @@ def _metadata(path: Path, header: dict[str, str]) -> dict[str, Any]:
         description = metadata["model"]
         kinds = {"settings": dict, "history": list, "epoch": int}
         wrong = [name for name, kind in kinds.items() if not isinstance(metadata[name], kind)]
-        if (
-            wrong
-            or not isinstance(description["name"], str)
-            or not isinstance(description["arguments"], dict)
-        ):
+        if wrong or not isinstance(description["name"], str) or not isinstance(description["arguments"], dict):
             raise TypeError(", ".join(wrong) or "model")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path}: its description is damaged ({error})") from error
@@ -142,9 +136,7 @@ def _match(path: Path, kind: str, given: dict[str, Tensor], wanted: dict[str, Te
     names = sorted(given.keys() ^ wanted.keys())
     if names:
         state = "missing" if names[0] in wanted else "unknown"
-        raise CheckpointError(
-            f"checkpoint {path}: {state} tensor {kind}.{names[0]} ({len(names)} names do not match)"
-        )
+        raise CheckpointError(f"checkpoint {path}: {state} tensor {kind}.{names[0]} ({len(names)} names do not match)")
     for name, tensor in given.items():
         expected = wanted[name]
         if tensor.shape != expected.shape or tensor.dtype != expected.dtype:

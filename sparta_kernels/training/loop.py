@@ -217,9 +217,7 @@ def _epoch(
         loss = F.cross_entropy(logits, y)
         value = loss.item()
         if not math.isfinite(value):
-            raise TrainingDiverged(
-                f"training: the loss is {value} in epoch {number}, batch {i + 1} of {count}"
-            )
+            raise TrainingDiverged(f"training: the loss is {value} in epoch {number}, batch {i + 1} of {count}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
