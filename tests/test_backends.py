@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mutants
 import pytest
 import torch
 
@@ -247,3 +248,9 @@ def test_the_kernels_know_neither_torch_nor_python():
         assert not [name for name in included if re.match(r"(torch|ATen|c10)/", name)], path
         if path.name != "bindings.cpp":
             assert not [name for name in included if re.match(r"pybind11/|Python", name)], path
+
+
+def test_every_planted_fault_still_finds_its_text():
+    """So that a change of the sources cannot leave `make mutants` behind."""
+    mutants.check_texts(mutants.FAULTS)
+    assert len({fault.name for fault in mutants.FAULTS}) == len(mutants.FAULTS)

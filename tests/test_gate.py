@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -447,33 +446,36 @@ def test_strides_past_2_to_the_31(backend, monkeypatch, shape, channels_last):
         assert_same_bits(got, want, name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_more_than_2_to_the_31_elements(channels_last, large_zeros):
-    """A batch of zeros whose last image is not: that one, and the one before it, are looked at."""
-    samples, shape = 33, (64, 1024, 1024)
-    x = large_zeros(samples, *shape, dtype=torch.bfloat16, channels_last=channels_last, outputs=1)
+@pytest.fixture
+def huge(large_zeros, request) -> tuple[Tensor, ...]:
+    """x, spatial, channel, kernel of more than 2^31 elements: zeros, but for rows of the last image."""
+    x = large_zeros(33, 64, 1024, 1024, dtype=torch.bfloat16, channels_last=request.param, outputs=1)
     assert x.numel() > 2**31
-    case = GateCase((1, *shape), torch.bfloat16, (torch.float32,) * 3)
-    spatial, channel, kernel = (torch.zeros(samples, *t.shape[1:]) for t in case.inputs()[1:])
-    last = samples - 1
-    x[last, :, -3:] = replace(case, shape=(1, 64, 3, 1024)).inputs()[0][0]
-    for t, small in zip((spatial, channel, kernel), case.inputs()[1:], strict=True):
-        t[last] = small[0]
-    y = sparta_gate(x, spatial, channel, kernel, backend="native")
-    want = sparta_gate(x[last:], spatial[last:], channel[last:], kernel[last:], backend="native")
+    generator = torch.Generator().manual_seed(8)
+    x[-1, :, -3:] = random(generator, 64, 3, 1024).to(x.dtype)
+    small = torch.zeros(33, 1, 1024, 1024), torch.zeros(33, 64), torch.zeros(33)
+    for tensor in small:
+        tensor[-1] = random(generator, *tensor.shape[1:])
+    return x, *small
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("huge", [True], ids=["channels_last"], indirect=True)
+def test_forward_past_2_to_the_31_elements(huge):
+    y = sparta_gate(*huge, backend="native")
+    want = sparta_gate(*(t[-1:] for t in huge), backend="native")
     assert want.count_nonzero() > 0
-    assert_same_bits(y[last:], want)
-    assert y[last - 1].count_nonzero() == 0
-    if channels_last:
-        return  # backward finds its rows in the same way, and takes ten seconds
-    del y
-    gx, gspatial, gchannel, gkernel = torch.ops.sparta_kernels._gate_backward(
-        x, x, spatial, channel, kernel, 1, [True] * 4, "native"
-    )
-    wants = torch.ops.sparta_kernels._gate_backward(
-        x[last:], x[last:], spatial[last:], channel[last:], kernel[last:], 1, [True] * 4, "native"
-    )
-    for name, got, want in zip(NAMES, (gx, gspatial, gchannel, gkernel), wants, strict=True):
-        assert_same_bits(got[last:], want, name)
-        assert got[last - 1].count_nonzero() == 0, name
+    assert_same_bits(y[-1:], want)
+    assert y[-2].count_nonzero() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("huge", [False], ids=["contiguous"], indirect=True)
+def test_backward_past_2_to_the_31_elements(huge):
+    grads = torch.ops.sparta_kernels._gate_backward(huge[0], *huge, 1, [True] * 4, "native")
+    last = [t[-1:] for t in huge]
+    wants = torch.ops.sparta_kernels._gate_backward(last[0], *last, 1, [True] * 4, "native")
+    for name, grad, want in zip(NAMES, grads, wants, strict=True):
+        assert want.count_nonzero() > 0, name
+        assert_same_bits(grad[-1:], want, name)
+        assert grad[-2].count_nonzero() == 0, name
