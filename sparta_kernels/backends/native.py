@@ -6,6 +6,8 @@ kernels, and what must be copied first because it cannot be described.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -28,16 +30,17 @@ def _small(tensor: Tensor | None) -> tuple[int, int]:
     return _ABSENT if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype])
 
 
-def _rows(image: Tensor, planar: bool) -> tuple[int, int] | None:
+@lru_cache(maxsize=256)  # a network asks for few layouts, again and again
+def _rows(shape: torch.Size, stride: tuple[int, ...], planar: bool) -> tuple[int, int] | None:
     """Sample stride and row stride of an image batch whose rows are contiguous, or None where they are not.
 
     A row is a channel's pixels (planar) or a pixel's channels. Strides of extents below 2 say nothing, and are not
     looked at; an empty batch has no rows to lie anywhere.
     """
-    _, channels, height, width = image.shape
-    if image.numel() == 0:
+    samples, channels, height, width = shape
+    if samples * channels * height * width == 0:
         return 0, 0
-    sample_stride, channel_stride, height_stride, width_stride = image.stride()
+    sample_stride, channel_stride, height_stride, width_stride = stride
     if width == 1:
         pixel_stride = height_stride
     elif height == 1 or height_stride == width * width_stride:
@@ -49,22 +52,22 @@ def _rows(image: Tensor, planar: bool) -> tuple[int, int] | None:
     return (sample_stride, pixel_stride) if channel_stride == 1 or channels == 1 else None
 
 
+@lru_cache(maxsize=256)
+def _is_planar(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Whether rows are channels. Where both would do (one pixel, or one channel) the longer rows are taken."""
+    one_pixel = shape[2] * shape[3] == 1
+    pixels_in_rows = _rows(shape, stride, False) is not None
+    return not pixels_in_rows if one_pixel else _rows(shape, stride, True) is not None or not pixels_in_rows
+
+
 def _as_rows(image: Tensor, planar: bool) -> tuple[Tensor, tuple[int, int, int]]:
     """The image, or a copy of it, and its description (address, sample stride, row stride)."""
-    strides = _rows(image, planar)
+    strides = _rows(image.shape, image.stride(), planar)
     if strides is None:
         image = image.contiguous(memory_format=torch.contiguous_format if planar else torch.channels_last)
-        strides = _rows(image, planar)
+        strides = _rows(image.shape, image.stride(), planar)
         assert strides is not None
     return image, (image.data_ptr(), *strides)
-
-
-def _is_planar(image: Tensor) -> bool:
-    """Whether rows are channels. Where both would do (one pixel, or one channel) the longer rows are taken."""
-    one_pixel = image.shape[2] * image.shape[3] == 1
-    return (one_pixel and _rows(image, False) is None) or (
-        not one_pixel and (_rows(image, True) is not None or _rows(image, False) is None)
-    )
 
 
 class _Output:
@@ -86,7 +89,7 @@ def _gate_shape(x: Tensor, share: int) -> tuple[int, int, int, int, int]:
 
 
 def gate_forward(x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None, share: int) -> Tensor:
-    planar = _is_planar(x)
+    planar = _is_planar(x.shape, x.stride())
     x_read, x_rows = _as_rows(x, planar)
     spatial, channel = spatial.contiguous(), channel.contiguous()
     kernel = None if kernel is None else kernel.contiguous()
@@ -114,7 +117,7 @@ def gate_backward(
     share: int,
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    planar = _is_planar(x)
+    planar = _is_planar(x.shape, x.stride())
     x_read, x_rows = _as_rows(x, planar)
     gy_read, gy_rows = _as_rows(gy, planar)  # noqa: RUF059 - where it is a copy, it must outlive the call
     spatial, channel = spatial.contiguous(), channel.contiguous()
