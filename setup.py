@@ -2,12 +2,13 @@
 
 Environment variables:
     SPARTA_CUDA        ON, OFF or AUTO (default): whether to build the CUDA sources
-    SPARTA_CUDA_ARCHS  semicolon-separated architectures, default "80;90;100"
+    SPARTA_CUDA_ARCHS  semicolon-separated architectures; by default those of 80, 90 and 100 that nvcc knows
     CXX, CUDACXX       the compilers, as for any CMake project
     CMAKE_BUILD_PARALLEL_LEVEL   how many files to compile at once
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,8 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
             "Python_EXECUTABLE": sys.executable,
+            # Given anew each time: under build isolation the one of an earlier build is gone.
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             "CMAKE_INSTALL_PREFIX": target.parent,
         }
         for name, allowed in {"SPARTA_CUDA": ("ON", "OFF", "AUTO"), "SPARTA_CUDA_ARCHS": None}.items():

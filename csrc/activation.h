@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define SPARTA_INLINE __host__ __device__ __forceinline__
@@ -67,13 +68,13 @@ struct Bound {  // a NaN passes both
   static SPARTA_INLINE Real at_most(Real value, Real bound) { return value > bound ? bound : value; }
 };
 
-// 2^t: inf above the float range; below it 2^-125 or 0 (it is only ever added to 1); NaN for NaN.
+// 2^t: inf above the range of normal floats, 0 below it, NaN for NaN.
 template <class Real>
 struct Exp2 {
   template <int bits>
   static SPARTA_INLINE Real of(Real t) {
     const Real round_magic = Real{} + 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
-    t = Bound<Real>::at_most(Bound<Real>::at_least(t, Real{} - 125.0f), Real{} + 128.5f);
+    t = Bound<Real>::at_most(Bound<Real>::at_least(t, Real{} - 126.5f), Real{} + 128.5f);  // exponent bits 0 to 255
     const Real shifted = (t - 0.5f) + round_magic;  // so that r is in [0, 1]
     const Real r = t - (shifted - round_magic);
     const auto exponent = Bits<Real>::of(shifted) - Bits<Real>::of(round_magic) + 127;
@@ -103,9 +104,23 @@ struct Reciprocal {
 // sigmoid(z) = 1 / (1 + 2^t) with t = kLogitScale * z: the scale is multiplied into one of z's factors beforehand.
 constexpr double kLogitScale = -1.44269504088896340736;  // -log2(e)
 
+template <class Real>
+struct Sigmoid {
+  Real value;       // phi
+  Real complement;  // 1 - phi
+};
+
 template <int bits, class Real>
-SPARTA_INLINE Real sigmoid_scaled(Real t) {
-  return Reciprocal<Real>::template of<bits>(1.0f + Exp2<Real>::template of<bits>(t));
+SPARTA_INLINE Sigmoid<Real> sigmoid_scaled(Real t) {
+  const Real power = Exp2<Real>::template of<bits>(t);
+  const Real value = Reciprocal<Real>::template of<bits>(1.0f + power);
+  if constexpr (std::is_same_v<Real, double>) {
+    return {value, 1.0 - value};  // as torch computes it
+  } else {
+    // 1 - phi = 2^t * phi: of a difference little is left where phi is near 1, nothing in a reciprocal estimate's.
+    // Bounded, so that inf * 0 does not make a NaN of a gradient that is 0 anyway.
+    return {value, Bound<Real>::at_most(power, Real{} + 0x1p126f) * value};
+  }
 }
 
 template <class Real>
@@ -128,8 +143,8 @@ SPARTA_INLINE Real gate_grad_input(Real x, Real gy, Real phi) {
 
 // gz: the gradient of the sigmoid's argument z = s * channel
 template <class Real>
-SPARTA_INLINE Real gate_grad_logit(Real x, Real gy, Real phi) {
-  return gy * phi * relu(x) * (1.0f - phi);
+SPARTA_INLINE Real gate_grad_logit(Real x, Real gy, Sigmoid<Real> phi) {
+  return gy * phi.value * relu(x) * phi.complement;
 }
 
 // ---- projected gradient descent --------------------------------------------------------------------------

@@ -124,7 +124,7 @@ FAULTS = [
     # The arithmetic.
     Fault("gx-sign", ACTIVATION, "zero : gy * phi;", "zero : -gy * phi;", GATE),
     Fault("gx-at-zero", ACTIVATION, "x <= zero ?", "x < zero ?", GATE),
-    Fault("slope-dropped", ACTIVATION, "* (1.0f - phi)", "", GATE),
+    Fault("slope-dropped", ACTIVATION, " * phi.complement", "", GATE),
     Fault(
         "ball-order",
         ACTIVATION,

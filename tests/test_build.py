@@ -68,6 +68,13 @@ def test_wheel_is_complete_and_works(wheel: Path, tmp_path: Path) -> None:
     assert used.returncode == 0, used.stderr
 
 
+def test_builds_again_where_it_was_built(source: Path, wheel: Path, tmp_path: Path) -> None:
+    """Under isolation every build has its own cmake, ninja and pybind11; those of the last one are gone."""
+    again = run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, source], SPARTA_CUDA="OFF")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (tmp_path / wheel.name).exists()
+
+
 def configure(source: Path, build: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:
     options = [f"-DSPARTA_CUDA={mode}", f"-DPython_EXECUTABLE={sys.executable}"]
     return run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *options], **environment)
@@ -110,8 +117,8 @@ def test_shared_headers_compile_for_a_gpu(tmp_path: Path) -> None:
         '#include "kernels.h"\n#include "philox.h"\n'
         "using namespace sparta;\n"
         "template <class Real> __global__ void all(Real* a, uint32_t* words) {\n"
-        "  const Real phi = sigmoid_scaled<24>(a[0]);\n"
-        "  a[1] = gate(a[0], phi) + gate_grad_input(a[0], a[1], phi) + gate_grad_logit(a[0], a[1], phi);\n"
+        "  const Sigmoid<Real> phi = sigmoid_scaled<24>(a[0]);\n"
+        "  a[1] = gate(a[0], phi.value) + gate_grad_input(a[0], a[1], phi.value) + gate_grad_logit(a[0], a[1], phi);\n"
         "  a[2] = pgd_stepped(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);\n"
         "  a[3] = pgd_started(a[0], Real(uniform(words[0])), a[1], a[2], a[3]);\n"
         "  words[1] = image_words(1, 2, Purpose::start, 3, 4).word[0];\n"

@@ -409,3 +409,13 @@ def test_no_warning_on_the_common_path(backend):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sparta_gate(*inputs, backend=backend).sum().backward()
+
+
+def test_forward_mode_is_refused_not_dropped() -> None:
+    x, spatial, channel = torch.randn(1, 2, 3, 3), torch.randn(1, 1, 3, 3), torch.randn(1, 2)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            sparta_gate(dual, spatial, channel)
+        tangent = torch.autograd.forward_ad.unpack_dual(sparta_gate(dual, spatial, channel, backend="reference"))
+        assert tangent.tangent is not None

@@ -97,7 +97,7 @@ template <class T>
 SPARTA_INLINE typename Simd<T>::Vector gated(typename Simd<T>::Vector x, typename Accumulator<T>::type row_factor,
                                              typename Simd<T>::Vector col_factor) {
   using Acc = typename Accumulator<T>::type;
-  return gate(x, sigmoid_scaled<kSignificantBits<T>>(row_factor * static_cast<Acc>(kLogitScale) * col_factor));
+  return gate(x, sigmoid_scaled<kSignificantBits<T>>(row_factor * static_cast<Acc>(kLogitScale) * col_factor).value);
 }
 
 template <class T, bool stream>
@@ -147,6 +147,7 @@ void forward(const GateForward& args) {
         for (int64_t r = 0; r < part.rows; ++r)
           forward_row<T, stream>(x + r * x_stride, y + r * y_stride, row_factor[r], col_factor, part.cols);
     }
+    if (stream) stream_fence();
   }
 }
 
@@ -158,8 +159,8 @@ struct Gradients {
 
   SPARTA_INLINE Gradients(Vector x, Vector gy, typename Accumulator<T>::type row_factor, Vector col_factor) {
     using Acc = typename Accumulator<T>::type;
-    const Vector phi = sigmoid_scaled<kSignificantBits<T>>(row_factor * static_cast<Acc>(kLogitScale) * col_factor);
-    if (want_input) gx = gate_grad_input(x, gy, phi);
+    const auto phi = sigmoid_scaled<kSignificantBits<T>>(row_factor * static_cast<Acc>(kLogitScale) * col_factor);
+    if (want_input) gx = gate_grad_input(x, gy, phi.value);
     if (want_factors) {
       const Vector gz = gate_grad_logit(x, gy, phi);
       row = gz * col_factor;
@@ -336,6 +337,7 @@ void backward(const GateBackward& args) {
         }
       }
     }
+    if (stream) stream_fence();
     if (want_factors && chunks.count > 1) {
 #pragma omp for schedule(static)
       for (int64_t sample = 0; sample < s.samples; ++sample) {

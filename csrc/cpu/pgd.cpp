@@ -1,5 +1,6 @@
 // The attack's step and start on a CPU. Compiled without FMA contraction: adversarial images are the same, bit for bit,
 // as torch's and as every other backend's.
+#define SPARTA_KEEP_SUBNORMALS  // simd.h: also where that takes more instructions
 #include "../kernels.h"
 #include "../philox.h"
 #include "common.h"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def check_number(operation: str, name: str, value: object, lowest: float = -math
     """A finite number, at least `lowest`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{operation}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < lowest:
+    if not lowest <= value <= sys.float_info.max or value == -math.inf:  # a NaN fails too, and so does a huge int
         bound = "" if lowest == -math.inf else f" and at least {lowest}"
         raise ValueError(f"{operation}: {name} must be finite{bound}, got {value}")
 

@@ -38,7 +38,7 @@ def batched(operation: Any) -> None:
         unfolded = [
             (value, None)
             if value.dim() == 1 and value.numel() == 0  # see `fill`
-            else (value.unflatten(0, (info.batch_size, -1)), 0)
+            else (value.unflatten(0, (info.batch_size, value.shape[0] // info.batch_size)), 0)
             for value in ([outputs] if single else outputs)
         ]
         return unfolded[0] if single else tuple(zip(*unfolded, strict=True))
@@ -167,7 +167,9 @@ def differentiable(
     def apply(*args: Any) -> Tensor:
         if torch._C._are_functorch_transforms_active():
             return Transformed.apply(*args)
-        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in args[:count]):
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:count])
+        # Under forward-mode AD the Function says that it has no such derivative; forward would drop it in silence.
+        if not wanted and torch.autograd.forward_ad._current_level < 0:
             return forward(*args)
         return Transformed.apply(*args) if torch.compiler.is_compiling() else Eager.apply(*args)
 
