@@ -28,6 +28,7 @@ import numpy
 import torch
 
 from sparta_kernels import build_info
+from sparta_kernels.report import cpu_name
 
 # Under glibc's defaults large buffers go back to the kernel when freed, and every new one is paid for in page
 # faults. These settings (see mallopt(3)) keep them: no mmap for single allocations, no trimming of the heap.
@@ -204,26 +205,16 @@ def provenance(command: str, arguments: list[str]) -> dict[str, Any]:
         "commit": _commit(),
         "device": {
             "type": "cpu",
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
             "last_level_cache": last_level_cache(),
-            "system": platform.platform(),
+            "system": f"{platform.system()} {platform.machine()}",
             "load_at_start": os.getloadavg()[0],
         },
         "build": build_info(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(_TOLD)},
     }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> dict[str, Any] | None:

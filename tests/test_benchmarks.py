@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from sparta_kernels import report
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--shape", "2,4,4,4", "3,2,5,1", "--inputs", "2", "--seconds", "0.001"]
@@ -200,7 +203,8 @@ def test_the_command(tmp_path):
     assert document["command"].startswith("benchmarks/ops.py --shape 2,4,4,4 ")
     assert document["environment"]["MALLOC_MMAP_MAX_"] == "0"
     assert document["device"]["threads"] == 1
-    assert document["device"]["name"]
+    assert document["device"]["name"] == report.cpu_name()
+    assert document["device"]["system"] == f"{platform.system()} {platform.machine()}"  # and not whose kernel it is
     assert document["build"]["cpu"]["isa"]
     assert set(document["commit"] or {"hash", "changed"}) == {"hash", "changed"}
     assert set(document) >= {"date", "settings", "timed", "summary", "bars"}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..data.files import write_atomically
+from .machine import cpu_name
 
 
 def document(
@@ -33,9 +34,7 @@ def document(
         seed: of its randomness.
         build: what `sparta_kernels.build_info()` says.
     """
-    name = platform.processor() or platform.machine()
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
