@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -57,14 +58,14 @@ Root = Annotated[Path | None, typer.Option(help="Folder with the data set's file
 Eps = Annotated[Any, _pixels("Radius of the attack")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as cores.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; by default as many as cores.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Save as JSON here; - prints it.")]
 
 
 @app.command()
 def info(json_file: Json = None) -> None:
     """Show versions, devices, and the backend that each operation would use."""
-    _check_output(json_file, "--json")
+    _check_outputs({"--json": _file(json_file)})
     facts = build_info()
     _console(json_file).print(report.facts_table(facts, title="sparta_kernels"))
     _save(json_file, facts)
@@ -78,7 +79,7 @@ def train(
     model: Annotated[str, typer.Option(help=f"Network: {', '.join(training.MODELS)}.")] = "resnet18",
     activation: Annotated[str, typer.Option(help="What stands at the sites, such as sparta.")] = "sparta",
     sites: Annotated[str, typer.Option(help="Groups and blocks whose last ReLU it replaces.")] = "G1234.B2",
-    width: Annotated[int, typer.Option(min=1, help="Channels of the first group.")] = 64,
+    width: Annotated[int, typer.Option(min=1, max=4096, help="Channels of the first group.")] = 64,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 90,
     batch_size: Annotated[int, typer.Option(min=3, help="Images in a batch, at most.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 0.1,
@@ -104,8 +105,7 @@ def train(
     """Train a network, standard or adversarially, and store it after every epoch."""
     place = _device(device, threads)
     _check_backend(backend, place)
-    _check_output(json_file, "--json")
-    _check_output(str(checkpoint), "CHECKPOINT")
+    _check_outputs({"CHECKPOINT": checkpoint, "--json": _file(json_file)})
     if resume and overwrite:
         raise typer.BadParameter("cannot be combined with --overwrite", param_hint="--resume")
     if checkpoint.exists() and not resume and not overwrite:
@@ -133,7 +133,11 @@ def train(
             attack_steps=attack_steps,
             seed=seed,
         )
-        training.build_model(settings.model, training.model_arguments(settings))
+        with torch.device("meta"):  # to see whether it can be, without the memory and the time
+            training.build_model(settings.model, training.model_arguments(settings))
+    if resume:
+        with _naming_the_checkpoint("CHECKPOINT"):
+            training.read_run(settings, checkpoint)
 
     console = _console(json_file)
     progress = training.TrainingProgress(_progress_console(), settings)
@@ -153,8 +157,6 @@ def train(
         stored = progress.epochs or resume
         kept = f"the last whole epoch is in {checkpoint}" if stored else "nothing was written"
         _end(f"interrupted; {kept}", INTERRUPTED)
-    except (training.CheckpointError, FileNotFoundError) as error:
-        raise typer.BadParameter(str(error), param_hint="CHECKPOINT") from error
     except ImportError as error:
         raise typer.BadParameter(str(error), param_hint="--data") from error
     except training.TrainingDiverged as error:
@@ -193,15 +195,12 @@ def evaluate(
     with _naming_the_option():
         checks.pixels("evaluate", "eps", eps)
         checks.step("evaluate", "step_size", step_size)
-    _check_output(json_file, "--json")
     if plot is not None:
         try:
             report.check_plot(plot)
         except (ValueError, ImportError) as error:
             raise typer.BadParameter(str(error), param_hint="--plot") from error
-        _check_output(str(plot), "--plot")
-        if json_file is not None and Path(json_file) == plot:
-            raise typer.BadParameter(f"must not be the --json file, got {plot}", param_hint="--plot")
+    _check_outputs({"--json": _file(json_file), "--plot": plot}, inputs=checkpoints)
     with _naming_the_option(name="data"):
         dataset = data.describe(data_name)
     models = _load_models(checkpoints, dataset, place)
@@ -293,13 +292,8 @@ def _naming_the_option(**options: str) -> Iterator[None]:
 
 def _device(name: str, threads: int | None) -> torch.device:
     """The device called `name`, and as many CPU threads as asked for."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise typer.BadParameter(f"must be cpu, cuda or cuda:N, got {name!r}", param_hint="--device") from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
-    if (device.index or 0) >= count:
-        raise typer.BadParameter(f"{name!r} is not on this machine", param_hint="--device")
+    with _naming_the_option():
+        device = checks.device("sparta", name)
     if threads is not None:
         torch.set_num_threads(threads)
     return device
@@ -312,13 +306,37 @@ def _check_backend(name: str, device: torch.device) -> None:
         raise typer.BadParameter(str(error), param_hint="--backend") from error
 
 
-def _check_output(name: str | None, option: str) -> None:
-    """Refuse a file that cannot be written, before the work whose result it is to hold."""
-    if name is not None and name != "-":
+def _check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[Path] = ()) -> None:
+    """Refuse files, by option, that cannot be written or are one another or an input, before the work."""
+    taken = [("CHECKPOINTS", path) for path in inputs]
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        for other, file in taken:
+            if _same_file(path, file):
+                raise typer.BadParameter(f"must not be the file of {other}, got {path}", param_hint=option)
+        taken.append((option, path))
         try:
-            check_writable(name)
+            check_writable(path)
         except OSError as error:
             raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether these are one file, there already (perhaps by two names) or to be."""
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+@contextmanager
+def _naming_the_checkpoint(argument: str) -> Iterator[None]:
+    """Turn a file that is no checkpoint into a message about `argument`."""
+    try:
+        yield
+    except (training.CheckpointError, OSError) as error:
+        raise typer.BadParameter(str(error), param_hint=argument) from error
 
 
 def _load_models(paths: Sequence[Path], dataset: data.Dataset, device: torch.device) -> dict[str, tuple[Path, ResNet]]:
@@ -326,10 +344,8 @@ def _load_models(paths: Sequence[Path], dataset: data.Dataset, device: torch.dev
     models: dict[str, tuple[Path, ResNet]] = {}
     stems = [path.stem for path in paths]
     for path in paths:
-        try:
+        with _naming_the_checkpoint("CHECKPOINTS"):
             model, _ = training.load_checkpoint(path, device)
-        except (training.CheckpointError, OSError) as error:
-            raise typer.BadParameter(str(error), param_hint="CHECKPOINTS") from error
         shape = (model.in_channels, model.linear.out_features)
         if shape != (dataset.shape[0], dataset.classes):
             raise typer.BadParameter(
@@ -345,6 +361,11 @@ def _document(command: str, settings: Any, results: Any, device: torch.device, s
     return report.document(
         command, settings=settings, results=results, device=str(device), seed=seed, build=build_info()
     )
+
+
+def _file(json_file: str | None) -> Path | None:
+    """The file that --json names, if any."""
+    return None if json_file in (None, "-") else Path(json_file)
 
 
 def _console(json_file: str | None) -> Console:

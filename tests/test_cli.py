@@ -132,6 +132,8 @@ TRAIN_WRONG = [
     ("--activation", "tanhh"),
     ("--sites", "G9.B2"),
     ("--width", "0"),
+    ("--width", "4097"),
+    ("--width", "100000000"),
     ("--epochs", "0"),
     ("--epochs", "many"),
     ("--batch-size", "1"),
@@ -154,8 +156,11 @@ TRAIN_WRONG = [
     ("--device", "cuda:99"),
     ("--device", "meta"),
     ("--threads", "0"),
+    ("--threads", "1025"),
     ("--json", "{tmp}"),
     ("--json", "{tmp}/none/out.json"),
+    ("--json", "{tmp}/net.safetensors"),
+    ("--json", "{tmp}/../{tmp.name}/net.safetensors"),
     ("--unknown", "1"),
 ]
 
@@ -170,6 +175,7 @@ EVALUATE_WRONG = [
     ("--seed", "x"),
     ("--device", "tpu"),
     ("--threads", "-1"),
+    ("--threads", "1000000"),
     ("--json", "{tmp}"),
     ("--json", "/proc/sparta.json"),
     ("--plot", "{tmp}/none/plot.png"),
@@ -218,6 +224,66 @@ def test_wrong_info_arguments(tmp_path, capsys):
     assert _one_line([], capsys)[0] == 2
 
 
+def test_outputs_never_overwrite_inputs_or_each_other(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "evaluate_model", None)  # never reached
+    monkeypatch.setattr(training, "train", None)
+    monkeypatch.chdir(tmp_path)
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    for path in (first, second):
+        path.write_bytes(checkpoint.read_bytes())
+    os.link(first, "hard.png")
+    os.symlink(second, "soft.png")
+    os.symlink("new", "to-new")  # the same file, though none is there yet
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.exists()}
+    for option, arguments in [
+        ("--json", ["evaluate", first, "--json", first]),
+        ("--json", ["evaluate", first, second, "--json", "second.png"]),
+        ("--json", ["evaluate", first, "--json", "hard.png"]),
+        ("--json", ["evaluate", "first.png", "soft.png", "--json", "./second.png"]),
+        ("--plot", ["evaluate", first, second, "--plot", "second.png"]),
+        ("--plot", ["evaluate", second, "--plot", "soft.png"]),
+        ("--plot", ["evaluate", first, "--json", tmp_path / "out.png", "--plot", "out.png"]),
+        ("--json", ["train", first, "--overwrite", "--json", "first.png"]),
+        ("--json", ["train", "new", "--json", tmp_path / "new"]),
+        ("--json", ["train", "new", "--json", "to-new"]),
+    ]:
+        code, err = _one_line(arguments, capsys)
+        assert code == 2, arguments
+        assert f"Invalid value for {option}: must not be the file of" in err
+        assert err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.exists()} == before
+
+
+def test_the_network_is_checked_without_memory(tmp_path, capsys, monkeypatch):
+    built = []
+    build = training.build_model
+    monkeypatch.setattr(training, "build_model", lambda *args: built.append(build(*args)) or built[-1])
+    code, err = _one_line(["train", tmp_path / "net", "--width", "4096", "--activation", "tanhh"], capsys)
+    assert (code, built) == (2, []), err
+    monkeypatch.setattr(training, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, err = _one_line(["train", tmp_path / "net", "--width", "4096"], capsys)
+    assert code == 130, err
+    assert all(tensor.is_meta for tensor in built[0].state_dict().values())
+
+
+def test_zero_is_no_learning_rate(tmp_path, capsys):
+    _, err = _one_line(["train", tmp_path / "net", "--learning-rate", "0"], capsys)
+    assert "--learning-rate: must be finite and above 0, got 0.0" in err
+    assert "pixel" not in err
+
+
+def test_a_missing_file_of_the_data_is_not_called_the_checkpoint(tmp_path, capsys, monkeypatch):
+    def missing(*_):
+        raise FileNotFoundError(2, "No such file or directory", "images.bin")
+
+    monkeypatch.setattr(data, "load", missing)
+    code, err = _one_line(["train", tmp_path / "net", *TRAIN], capsys)
+    assert code == 1
+    assert "images.bin" in err
+    assert "CHECKPOINT" not in err
+    assert not os.listdir(tmp_path)
+
+
 def test_wrong_checkpoints_to_train(checkpoint, tmp_path, capsys):
     path = tmp_path / "net.safetensors"
     path.write_bytes(checkpoint.read_bytes())
@@ -236,6 +302,7 @@ def test_wrong_checkpoints_to_train(checkpoint, tmp_path, capsys):
         assert code == 2, arguments
         assert "CHECKPOINT" in err or "--resume" in err
         assert words in err
+        assert err.count("\n") == 1  # no progress bar before it
     assert sorted(os.listdir(tmp_path)) == ["damaged", "net.safetensors"]
     assert path.read_bytes() == checkpoint.read_bytes()
 

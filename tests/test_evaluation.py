@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from sparta_kernels import backends, report
 from sparta_kernels.attack import pgd
 from sparta_kernels.evaluation import evaluate, memory
+from sparta_kernels.report import machine
 
 CLASSES = 4
 SETTINGS = {"eps": 0.2, "step_size": 0.05, "steps": 3}
@@ -83,6 +85,12 @@ def test_every_batch_has_one_shape_and_padding_does_not_count(model, images, lab
     assert constant.errors == {3: pytest.approx(0.2)}
 
 
+def test_a_batch_is_never_larger_than_all_images(model, images, labels):
+    found = evaluate(model, images, labels, **SETTINGS, batch_size=10**9)
+    assert model.shapes == {(10, 1, 6, 6)}
+    assert found.loss_mean == evaluate(model, images, labels, **SETTINGS, batch_size=10).loss_mean
+
+
 def test_an_image_s_result_does_not_depend_on_how_many_there_are(model, images, labels):
     some = evaluate(model, images[:3], labels[:3], **SETTINGS, batch_size=3)
     more = evaluate(model, images[:6], labels[:6], **SETTINGS, batch_size=3)
@@ -135,6 +143,8 @@ def test_peak_memory_is_none_where_it_cannot_be_reset(model, images, labels, mon
         ("labels", torch.zeros(9, dtype=torch.int64), ValueError),
         ("labels", torch.zeros(10), TypeError),
         ("labels", torch.tensor([0] * 9 + [CLASSES]), ValueError),
+        ("labels", torch.tensor([CLASSES] + [0] * 9), ValueError),
+        ("labels", torch.tensor([-1] + [0] * 9), ValueError),
         ("eps", -1, ValueError),
         ("eps", None, TypeError),
         ("step_size", 0, ValueError),
@@ -147,15 +157,29 @@ def test_peak_memory_is_none_where_it_cannot_be_reset(model, images, labels, mon
         ("indices", -torch.ones(10, dtype=torch.int64), ValueError),
         ("backend", "cudnn", ValueError),
         ("backend", 3, TypeError),
+        ("backend", None, TypeError),
+        ("backend", "triton", ValueError),
+        ("progress", 3, TypeError),
     ],
 )
 def test_wrong_arguments(model, images, labels, name, value, error):
-    arguments = {"model": model, "images": images, "labels": labels, "batch_size": 4, **SETTINGS, name: value}
     ticks = []
-    shown = "name" if name == "backend" else f"(each of )?{name}"
-    with pytest.raises(error, match=f"{shown} must"):
-        evaluate(**arguments, progress=lambda *tick: ticks.append(tick))
+    arguments = {"model": model, "images": images, "labels": labels, "batch_size": 4, **SETTINGS}
+    arguments |= {"progress": lambda *tick: ticks.append(tick), name: value}
+    with pytest.raises(error, match=f"^evaluate: (each of )?{name} "):
+        evaluate(**arguments)
     assert not ticks  # before the long work
+    assert model.passes <= (name == "labels")  # which the clean pass tells the number of classes
+
+
+@pytest.mark.parametrize("output", [torch.zeros(4), torch.zeros(4, 1), torch.zeros(4, 3, dtype=torch.int64), None])
+def test_models_that_do_not_classify(images, labels, output):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return output
+
+    with pytest.raises(ValueError, match=r"^evaluate: model must return"):
+        evaluate(Odd().eval(), images, labels, **SETTINGS, batch_size=4)
 
 
 def test_training_mode_is_refused(model, images, labels):
@@ -186,6 +210,21 @@ def test_document_is_json(document, tmp_path):
     assert read["versions"]["torch"] == torch.__version__
     assert (read["command"], read["seed"], read["device"]["type"]) == ("evaluate", 0, "cpu")
     assert json.loads(report.as_json({"a": math.inf, "b": [math.nan, 1]})) == {"a": "inf", "b": ["nan", 1]}
+
+
+def test_the_cpu_is_named(document, tmp_path, monkeypatch):
+    assert document["device"]["name"] == report.cpu_name() != ""
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr(machine, "_CPUINFO", info)
+    fallback = platform.processor() or platform.machine()
+    assert report.cpu_name() == fallback  # no such file
+    for content, name in [
+        ("processor\t: 0\nmodel\t\t: 17\nmodel name\t: AMD EPYC: 9B45\n", "AMD EPYC: 9B45"),
+        ("processor\t: 0\nBogoMIPS\t: 50\n", fallback),  # as on ARM
+        ("model name\t:\n", fallback),
+    ]:
+        info.write_text(content)
+        assert report.cpu_name() == name
 
 
 def test_table_fits_and_shows_every_row(document):

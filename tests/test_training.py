@@ -169,8 +169,11 @@ def test_learning_rates():
     cycle = Settings(schedule="one-cycle", epochs=2, learning_rate=0.8)
     rates = [learning_rate(cycle, i, 4) for i in range(8)]
     assert rates[:2] == pytest.approx([0.4, 0.8])
-    assert rates[2:] == pytest.approx([0.8 * left / 6 for left in (5, 4, 3, 2, 1, 0)])
+    assert rates[2:] == pytest.approx([0.8 * left / 7 for left in (6, 5, 4, 3, 2, 1)])
     assert learning_rate(Settings(schedule="one-cycle", epochs=1), 0, 1) == 0.1
+    for epochs in range(1, 9):  # every update of every run moves the weights
+        cycle = Settings(schedule="one-cycle", epochs=epochs)
+        assert all(0 < learning_rate(cycle, i, 3) <= 0.1 for i in range(3 * epochs))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(path, monkeypatch):
@@ -274,6 +277,7 @@ def test_foreign_and_altered_files(path, stored):
         (tensors, {"format": header["format"]}, "description is damaged"),
         (tensors, header | {"metadata": "{"}, "description is damaged"),
         (tensors, header | {"metadata": "[]"}, "description is damaged"),
+        (tensors, header | {"metadata": "[" * 10**5}, "description is damaged"),
         (tensors, _with_description(header, epoch="1"), "description is damaged .*epoch"),
         (
             tensors,
@@ -344,6 +348,8 @@ def test_missing_files(tmp_path):
         ("schedule", "cosine", ValueError),
         ("milestones", (0,), ValueError),
         ("milestones", ("a",), TypeError),
+        ("milestones", 5, TypeError),
+        ("milestones", "", TypeError),
         ("momentum", 1.0, ValueError),
         ("momentum", -0.1, ValueError),
         ("weight_decay", -1.0, ValueError),
@@ -356,6 +362,53 @@ def test_missing_files(tmp_path):
 def test_wrong_settings(name, value, error):
     with pytest.raises(error, match=f"{'name' if name == 'data' else name} must"):
         Settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("settings", {}, TypeError),
+        ("checkpoint", 3, TypeError),
+        ("root", 3, TypeError),
+        ("resume", 1, TypeError),
+        ("overwrite", "yes", TypeError),
+        ("device", "nope", ValueError),
+        ("device", "meta", ValueError),
+        ("device", "cuda:99", ValueError),
+        ("device", 0, TypeError),
+        ("on_batch", 3, TypeError),
+        ("on_epoch", 3, TypeError),
+    ],
+)
+def test_wrong_arguments(path, monkeypatch, name, value, error):
+    monkeypatch.setattr(data, "load", None)  # never reached
+    arguments = {"settings": Settings(**TINY), "checkpoint": path, name: value}
+    with pytest.raises(error, match=f"^train: {name} must be"):
+        train(**arguments)
+    assert not os.listdir(path.parent)
+
+
+def test_a_checkpoint_is_loaded_onto_a_device_that_is_there(path):
+    with pytest.raises(ValueError, match=r"^load_checkpoint: device must be cpu, cuda"):
+        load_checkpoint(path, "nope")
+
+
+def test_nothing_is_built_for_a_file_whose_tensors_do_not_fit(path, stored):
+    tensors, header = stored
+    arguments = json.loads(header["metadata"])["model"]["arguments"]
+    # 36 TB of weights, had they been made; and sizes that no integer holds.
+    for changes, words in [
+        ({"width": 10**5}, "must be torch.float32"),
+        ({"num_classes": 2**31 - 1}, "must be torch.float32"),
+        ({"width": 2**31 - 1}, "describes no known network"),
+        ({"width": 10**30}, "describes no known network"),
+        ({"mean": 10**400}, "describes no known network"),
+    ]:
+        save_file(
+            tensors, path, _with_description(header, model={"name": "resnet18", "arguments": arguments | changes})
+        )
+        with pytest.raises(CheckpointError, match=words):
+            load_checkpoint(path)
 
 
 def test_unknown_networks(path):

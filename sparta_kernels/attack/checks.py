@@ -118,6 +118,39 @@ def iterates(where: str, value: object, steps: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
+def logits(where: str, value: object, count: int) -> Tensor:
+    """What a model returned for `count` images, if it is floating point (count, classes) with 2 classes or more."""
+    if not isinstance(value, Tensor) or value.ndim != 2 or len(value) != count or value.shape[1] < 2:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{where}: model must return logits of shape (N, classes) = ({count}, 2 or more), got {got}")
+    if not value.is_floating_point():
+        raise ValueError(f"{where}: model must return floating point logits, got {value.dtype}")
+    return value
+
+
+def device(where: str, value: object) -> torch.device:
+    """The device called `value`, if this machine has it: the CPU or a CUDA device."""
+    allowed = f"{where}: device must be cpu, cuda or cuda:N"
+    if not isinstance(value, (str, torch.device)):
+        raise TypeError(f"{allowed}, got {value!r}")
+    try:
+        found = torch.device(value)
+    except RuntimeError:
+        raise ValueError(f"{allowed}, got {value!r}") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"{allowed}, got {value!r}")
+    count = 1 if found.type == "cpu" else torch.cuda.device_count()
+    if (found.index or 0) >= count:
+        raise ValueError(f"{where}: device must be on this machine, got {value!r}")
+    return found
+
+
+def callback(where: str, name: str, value: object) -> None:
+    """Refuse what is neither callable nor None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{where}: {name} must be callable or None, got {value!r}")
+
+
 def model(where: str, value: object, like: object) -> nn.Module:
     """A module all in eval mode with its parameters, or some of them, on the images' device."""
     if not isinstance(value, nn.Module):

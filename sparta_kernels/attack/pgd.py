@@ -111,8 +111,7 @@ def pgd(
     checks.flag(where, "random_start", random_start)
     checks.choice(where, "precision", precision, PRECISIONS)
     checks.choice(where, "engine", engine, ENGINES)
-    if progress is not None and not callable(progress):
-        raise TypeError(f"{where}: progress must be callable or None, got {progress!r}")
+    checks.callback(where, "progress", progress)
     if targets is not None:
         if not targeted:
             raise ValueError(f"{where}: targets must be None when targeted=False, got a tensor")
@@ -174,12 +173,7 @@ def _forward(model: nn.Module, adversarial: Tensor, *, differentiable: bool) -> 
     """The iterate as a leaf sharing `adversarial`'s memory, and the model's logits for it, at least fp32."""
     leaf = adversarial.detach().requires_grad_(differentiable)
     with torch.set_grad_enabled(differentiable):
-        logits = model(leaf)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(leaf) or logits.shape[1] < 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"pgd: model must return logits of shape (N, classes) = ({len(leaf)}, 2 or more), got {got}")
-    if not logits.is_floating_point():
-        raise ValueError(f"pgd: model must return floating point logits, got {logits.dtype}")
+        logits = checks.logits("pgd", model(leaf), len(leaf))
     if differentiable and not logits.requires_grad:
         raise ValueError("pgd: model must return logits that depend on the images, got a result without a gradient")
     return leaf, logits if logits.dtype == torch.float64 else logits.float()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import PGDResult, checks, pgd
-from ..backends import use_backend
+from ..backends import choose, use_backend
 from .memory import PeakMemory
 
 
@@ -66,16 +66,16 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a network on clean images and under the targeted PGD attack of `attack.pgd`.
 
-    Every batch has exactly `batch_size` images: the last is filled up with copies of its first, whose results
-    are dropped. Rounding depends on the shape of a batch, so results are bit for bit the same only for equal
-    shapes.
+    Every batch has equally many images, `batch_size` or all N if they are fewer: the last is filled up with
+    copies of its first, whose results are dropped. Rounding depends on the shape of a batch, so results are
+    bit for bit the same only for equal shapes.
 
     Args:
         model: in eval mode; takes images in [0, 1], returns (N, classes) logits.
         images: (N, C, H, W) with N >= 1; uint8 (divided by 255), or float32 in [0, 1].
         labels: (N,), any integer dtype.
         eps, step_size, steps, report_at, seed: as in `attack.pgd`; eps and step_size are in pixel units.
-        batch_size: images in a batch.
+        batch_size: images in a batch, at most.
         indices: (N,) places of the images in their data set, which key the attack's randomness. None: 0..N-1.
         backend: what computes this package's operations: "auto", "reference", "native", ...
         progress: called with (model passes done, of how many) after each.
@@ -104,8 +104,12 @@ def evaluate(
     indices = checks.integers(where, "indices", indices, images)
     if int(indices.min()) < 0:
         raise ValueError(f"{where}: indices must be >= 0, got {int(indices.min())}")
+    if not isinstance(backend, str):
+        raise TypeError(f"{where}: backend must be a string, got {type(backend).__name__}")
+    choose(images.device, backend, f"{where}: backend")
+    checks.callback(where, "progress", progress)
 
-    batches = list(_batches(len(images), batch_size, images.device))
+    batches = list(_batches(len(images), min(batch_size, len(images)), images.device))
     passes, done = len(batches) * (steps + 2), 0
 
     def tick(_: int = 0) -> None:
@@ -133,11 +137,13 @@ def evaluate(
     misled: dict[int, list[Tensor]] = {k: [] for k in reported}
     hits: dict[int, list[Tensor]] = {k: [] for k in reported}
     with use_backend(backend):
-        # Untimed: first calls choose kernels and fill caches. Also meets every label with the model's classes
-        # at once.
-        attack(batches[0][0], 1, None)
+        # Untimed: first calls choose kernels and fill caches. The clean pass also tells the model's classes, with
+        # which every label is checked at once.
+        rows = batches[0][0]
         with torch.no_grad():
-            checks.within(where, "labels", labels, model(images[batches[0][0]]).shape[1])
+            classes = checks.logits(where, model(images[rows]), len(rows)).shape[1]
+        checks.within(where, "labels", labels, classes)
+        attack(rows, 1, None)
         memory = PeakMemory(images.device)
         start = time.perf_counter()
         for rows, real in batches:

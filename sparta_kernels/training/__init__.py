@@ -1,7 +1,7 @@
 """Standard and adversarial training, with checkpoints that resume bit for bit."""
 
 from .checkpoint import CheckpointError, build_model, load_checkpoint
-from .loop import Batch, Epoch, TrainingDiverged, model_arguments, train
+from .loop import Batch, Epoch, TrainingDiverged, model_arguments, read_run, train
 from .progress import TrainingProgress
 from .settings import ATTACKS, MODELS, SCHEDULES, Settings
 
@@ -18,5 +18,6 @@ __all__ = [
     "build_model",
     "load_checkpoint",
     "model_arguments",
+    "read_run",
     "train",
 ]

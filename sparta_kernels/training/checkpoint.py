@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import nn as networks
+from ..attack import checks
 from ..data.files import write_atomically
 from ..nn import ResNet
 from .settings import MODELS
@@ -89,13 +90,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     description = metadata["model"]
     try:
-        model = build_model(description["name"], description["arguments"])
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: more than the memory holds
+        # Without memory, until it is known that the file really holds a network of the size that it describes.
+        with torch.device("meta"):
+            model = build_model(description["name"], description["arguments"])
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the last two: sizes past all bounds
         raise CheckpointError(f"checkpoint {path}: describes no known network ({error})") from error
     _match(path, "model", weights, model.state_dict())
     if momentum:  # a run without momentum stores none
         _match(path, "momentum", momentum, dict(model.named_parameters()))
-    model.load_state_dict(weights)
+    model.to_empty(device="cpu").load_state_dict(weights)
     return Checkpoint(metadata, model.eval(), momentum)
 
 
@@ -103,16 +106,17 @@ def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "
     """The network in a checkpoint, in eval mode on `device`, and the description of its run.
 
     Returns:
-        The model, and a dict: `model` (`name`, `arguments`), `settings`, `epoch` (how many are done),
-            `history` (a dict
-        for each epoch), `versions`.
+        The model, and a dict: `model` (`name`, `arguments`), `settings`, `epoch` (how many are done), `history`
+        (a dict for each epoch), `versions`.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it is damaged, or not a checkpoint of this package.
+        TypeError, ValueError: there is no such device.
     """
+    place = checks.device("load_checkpoint", device)
     checkpoint = read_checkpoint(path)
-    return checkpoint.model.to(device), checkpoint.metadata
+    return checkpoint.model.to(place), checkpoint.metadata
 
 
 def _metadata(path: Path, header: dict[str, str]) -> dict[str, Any]:
@@ -125,7 +129,7 @@ def _metadata(path: Path, header: dict[str, str]) -> dict[str, Any]:
         wrong = [name for name, kind in kinds.items() if not isinstance(metadata[name], kind)]
         if wrong or not isinstance(description["name"], str) or not isinstance(description["arguments"], dict):
             raise TypeError(", ".join(wrong) or "model")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path}: its description is damaged ({error})") from error
     checked: dict[str, Any] = metadata
     return checked

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import attack, data
+from ..attack import checks
 from ..data.files import check_writable
-from .checkpoint import CheckpointError, build_model, read_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, CheckpointError, build_model, read_checkpoint, save_checkpoint
 from .settings import Settings, learning_rate
 
 
@@ -92,14 +93,28 @@ def train(
         FileNotFoundError: there is nothing to resume, or no folder to write to.
         CheckpointError: the file to resume is damaged or has other settings.
         TrainingDiverged: the loss or a weight is not finite; the last good checkpoint is kept.
-        OSError, ValueError, TypeError: a file cannot be written; a setting does not fit the network.
+        OSError: a file cannot be written.
+        TypeError, ValueError: an argument is not as above, or a setting does not fit the network.
     """
-    path = Path(checkpoint)
+    where = "train"
+    if not isinstance(settings, Settings):
+        raise TypeError(f"{where}: settings must be a Settings, got {type(settings).__name__}")
+    for name, value in {"checkpoint": checkpoint, **({} if root is None else {"root": root})}.items():
+        if not isinstance(value, (str, os.PathLike)):
+            raise TypeError(f"{where}: {name} must be a path, got {value!r}")
+    checks.flag(where, "resume", resume)
+    checks.flag(where, "overwrite", overwrite)
+    checks.callback(where, "on_batch", on_batch)
+    checks.callback(where, "on_epoch", on_epoch)
+    device, path = checks.device(where, device), Path(checkpoint)
     if resume and overwrite:
-        raise ValueError("training: resume and overwrite exclude each other")
+        raise ValueError(f"{where}: resume and overwrite exclude each other")
     if path.exists() and not (resume or overwrite):
-        raise FileExistsError(f"training: checkpoint {path} exists; resume it, overwrite it, or name another")
-    previous = read_checkpoint(path) if resume else None
+        raise FileExistsError(f"{where}: checkpoint {path} exists; resume it, overwrite it, or name another")
+    history: list[Epoch] = []
+    previous = None
+    if resume:
+        previous, history = read_run(settings, path)
     check_writable(path)
 
     dataset = data.describe(settings.data)
@@ -109,9 +124,6 @@ def train(
             torch.manual_seed(settings.seed)
             model = build_model(**description).to(device)
     else:
-        different = _differences(settings.as_dict(), previous.metadata["settings"])
-        if different:
-            raise CheckpointError(f"checkpoint {path}: cannot resume with other settings: {different}")
         model = previous.model.to(device)
     images, labels = (part.to(device) for part in data.load(dataset.name, root, "train"))
     test_images, test_labels = (part.to(device) for part in data.load(dataset.name, root, "test"))
@@ -122,15 +134,10 @@ def train(
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
     )
-    history: list[Epoch] = []
     if previous is not None:
         for name, parameter in model.named_parameters():
             if name in previous.momentum:
                 optimizer.state[parameter]["momentum_buffer"] = previous.momentum[name].to(device)
-        try:
-            history = [Epoch(**epoch) for epoch in previous.metadata["history"]]
-        except TypeError as problem:
-            raise CheckpointError(f"checkpoint {path}: its history is damaged ({problem})") from problem
 
     for number in range(len(history) + 1, settings.epochs + 1):
         start = time.perf_counter()
@@ -155,6 +162,23 @@ def train(
         if on_epoch is not None:
             on_epoch(history[-1])
     return history
+
+
+def read_run(settings: Settings, checkpoint: str | os.PathLike[str]) -> tuple[Checkpoint, list[Epoch]]:
+    """The stored run that `train(settings, checkpoint, resume=True)` goes on from, and its epochs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged or has other settings.
+    """
+    previous = read_checkpoint(checkpoint)
+    different = _differences(settings.as_dict(), previous.metadata["settings"])
+    if different:
+        raise CheckpointError(f"checkpoint {checkpoint}: cannot resume with other settings: {different}")
+    try:
+        return previous, [Epoch(**epoch) for epoch in previous.metadata["history"]]
+    except TypeError as problem:
+        raise CheckpointError(f"checkpoint {checkpoint}: its history is damaged ({problem})") from problem
 
 
 def model_arguments(settings: Settings) -> dict[str, Any]:

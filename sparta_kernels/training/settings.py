@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .. import attack, data
@@ -26,8 +27,8 @@ class Settings:
         batch_size: images in a batch, at most; the images are spread evenly over ceil(N / batch_size)
             batches.
         learning_rate: the highest that the schedule reaches.
-        schedule: "one-cycle" (a line up from 0 over the first quarter of all steps, a line down to 0 over the
-            rest) or "milestones" (a tenth after each epoch named).
+        schedule: "one-cycle" (a line up from 0 over the first quarter of all steps, a line down over the rest
+            that would meet 0 one step after the last) or "milestones" (a tenth after each epoch named).
         milestones: epochs after which the learning rate drops; the papers' are 30 and 60.
         momentum, weight_decay: of stochastic gradient descent (SGD); the papers give the weight decay only.
         attack: "none" for standard training, else the preset whose adversarial images replace the clean ones.
@@ -66,12 +67,16 @@ class Settings:
         for name in ("activation", "sites"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{where}: {name} must be a string, got {getattr(self, name)!r}")
-        checks.step(where, "learning_rate", self.learning_rate)
+        checks.real(
+            where, "learning_rate", self.learning_rate, "finite and above 0", low=0.0, high=math.inf, open_low=True
+        )
         below_1 = math.nextafter(1.0, 0.0)
         checks.real(where, "momentum", self.momentum, "at least 0 and below 1", low=0.0, high=below_1)
         checks.real(where, "weight_decay", self.weight_decay, "finite and at least 0", low=0.0, high=math.inf)
         checks.pixels(where, "eps", self.eps)
         checks.seed(where, self.seed)
+        if isinstance(self.milestones, (str, bytes)) or not isinstance(self.milestones, Iterable):
+            raise TypeError(f"{where}: milestones must be a sequence of integers >= 1, got {self.milestones!r}")
         milestones = tuple(checks.integer(where, "each of milestones", m, low=1) for m in self.milestones)
         object.__setattr__(self, "milestones", milestones)
 
@@ -88,4 +93,4 @@ def learning_rate(settings: Settings, step: int, steps_per_epoch: int) -> float:
     total = settings.epochs * steps_per_epoch
     top = max(1, total // 4)
     done = step + 1
-    return settings.learning_rate * (done / top if done <= top else (total - done) / max(1, total - top))
+    return settings.learning_rate * (done / top if done <= top else (total + 1 - done) / (total + 1 - top))
