@@ -201,9 +201,9 @@ def test_nan_inf_and_zeros_travel_as_in_the_reference(backend, dtype, extents, l
     """Every combination in a sample of its own, so that each sum is over copies of one term."""
     small = torch.float64 if dtype == torch.float64 else torch.float32
     x, gy, spatial, channel, kernel = combinations(dtype, small)
-    # Where phi rounds to 1, torch takes 1 - phi as 0, and an infinite x times that as NaN. Here 1 - phi is what it is,
-    # and the gradient of a factor infinite; in neither is it finite.
-    saturated = (x == INF) & (torch.sigmoid(kernel * spatial * channel) == 1)
+    # Where phi rounds to 1, torch takes 1 - phi as 0, and an infinite gy * x times that as NaN. Here 1 - phi is what it
+    # is, and the gradient of a factor infinite; in neither is it finite.
+    saturated = (x * gy).isinf() & (x > 0) & (torch.sigmoid(kernel * spatial * channel) == 1)
     c, h, w = extents
     x, gy = (lay(t[:, None, None, None].expand(-1, c, h, w), layout) for t in (x, gy))
     spatial, channel = spatial[:, None, None, None].expand(-1, 1, h, w), channel[:, None].expand(-1, c)
