@@ -53,7 +53,8 @@ mutants: .venv/installed-dev
 	$(BIN)/python tests/mutants.py
 
 bench: .venv/installed-dev
-	$(BIN)/python benchmarks/ops.py --json benchmarks/results/ops.json
+	@mkdir -p runs
+	$(BIN)/python benchmarks/ops.py --json runs/ops.json
 
 clean:
 	rm -rf .venv build dist runs *.egg-info sparta_kernels/_native*.so

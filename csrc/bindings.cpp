@@ -19,16 +19,16 @@ namespace bindings {
 namespace {
 
 using Address = uintptr_t;
-using Pair = std::array<int64_t, 3>;   // address, sample stride, row stride
+using Rows = std::array<int64_t, 3>;   // address, sample stride, row stride
 using Small = std::array<int64_t, 2>;  // address, dtype
 
 void* pointer(int64_t address) { return reinterpret_cast<void*>(static_cast<Address>(address)); }
-Matrices matrices(const Pair& p) { return {pointer(p[0]), p[1], p[2]}; }
+Matrices matrices(const Rows& p) { return {pointer(p[0]), p[1], p[2]}; }
 Dense dense(const Small& s) { return {pointer(s[0]), static_cast<DType>(s[1])}; }
 
 GateShape gate_shape(const std::array<int64_t, 5>& s, bool planar) { return {s[0], s[1], s[2], s[3], s[4], planar}; }
 
-void gate_forward(const std::array<int64_t, 5>& shape, bool planar, int dtype, const Pair& x, const Pair& y,
+void gate_forward(const std::array<int64_t, 5>& shape, bool planar, int dtype, const Rows& x, const Rows& y,
                   const Small& spatial, const Small& channel, const Small& kernel, int threads) {
   const GateForward args{gate_shape(shape, planar), static_cast<DType>(dtype), matrices(x), matrices(y), dense(spatial),
                          dense(channel), dense(kernel), threads};
@@ -36,8 +36,8 @@ void gate_forward(const std::array<int64_t, 5>& shape, bool planar, int dtype, c
   cpu_kernels().gate_forward(args);
 }
 
-void gate_backward(const std::array<int64_t, 5>& shape, bool planar, int dtype, const Pair& x, const Pair& gy,
-                   const Pair& gx, const Small& spatial, const Small& channel, const Small& kernel,
+void gate_backward(const std::array<int64_t, 5>& shape, bool planar, int dtype, const Rows& x, const Rows& gy,
+                   const Rows& gx, const Small& spatial, const Small& channel, const Small& kernel,
                    const Small& grad_spatial, const Small& grad_channel, const Small& grad_kernel, int threads) {
   const GateBackward args{gate_shape(shape, planar), static_cast<DType>(dtype), matrices(x), matrices(gy), matrices(gx),
                           dense(spatial), dense(channel), dense(kernel), dense(grad_spatial), dense(grad_channel),

@@ -33,8 +33,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 BACKENDS: list[tuple[str, str | None]] = [("native", isa) for isa in native._native.supported_isas()]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes seconds and gigabytes (skipped where memory is short)")
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda param: "-".join(filter(None, param)))
