@@ -124,6 +124,7 @@ def test_check_writable_says_why_not(tmp_path):
         (tmp_path / "none" / "file", "there is no folder"),
         (tmp_path / "file" / "file", "there is no folder"),
         ("/proc/sparta", "cannot write /proc/sparta"),
+        ("/dev/null", "not a regular file"),
     ]:
         with pytest.raises(OSError, match=words):
             files.check_writable(path)

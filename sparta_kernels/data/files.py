@@ -12,12 +12,13 @@ from pathlib import Path
 def check_writable(path: str | os.PathLike[str]) -> Path:
     """`path` if a file can be written there; otherwise an OSError that says why not. Leaves nothing behind.
 
-    The only sure way to know is to write: a permission bit says nothing to root, nor of a full or read-only
-        disk.
+    The only sure way to know is to write: a permission bit says nothing to root, nor of a full or read-only disk.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder")
+    if path.exists() and not path.is_file():
+        raise OSError(f"cannot write {path}: it is not a regular file, and would be replaced by one")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     if path.exists() and not os.access(path, os.W_OK):
