@@ -117,6 +117,8 @@ SPARTA_INLINE void forward_row(const T* x, T* y, typename Accumulator<T>::type r
   }
   for (; k < cols; k += Lanes::lanes) {
     const int64_t count = min(Lanes::lanes, cols - k);
+    prefetch_read(x + k);
+    prefetch_write(y + k);
     const auto value = gated<T>(load_partial(x + k, count), row_factor, Columns::load(col_factor + k));
     store_partial(y + k, value, count);
   }
@@ -255,6 +257,7 @@ struct BackwardChunk {
       prefetch_read(x + r * x_stride);
       prefetch_read(gy + r * gy_stride);
       T* gx_row = want_input ? gx + r * gx_stride : nullptr;
+      if (want_input) prefetch_write(gx_row);
       return short_row(x + r * x_stride, gy + r * gy_stride, gx_row, count, row_factor[r], columns, grad_cols);
     };
     if (cols == Lanes::lanes)  // so that the compiler sees whole registers
