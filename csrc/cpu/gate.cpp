@@ -93,11 +93,12 @@ struct Factors {
   }
 };
 
+// sigmoid(row_factor * col_factor), as precisely as results in T can show.
 template <class T>
-SPARTA_INLINE typename Simd<T>::Vector gated(typename Simd<T>::Vector x, typename Accumulator<T>::type row_factor,
-                                             typename Simd<T>::Vector col_factor) {
+SPARTA_INLINE Sigmoid<typename Simd<T>::Vector> attention(typename Accumulator<T>::type row_factor,
+                                                          typename Simd<T>::Vector col_factor) {
   using Acc = typename Accumulator<T>::type;
-  return gate(x, sigmoid_scaled<kSignificantBits<T>>(row_factor * static_cast<Acc>(kLogitScale) * col_factor).value);
+  return sigmoid_scaled<kSignificantBits<T>>(row_factor * static_cast<Acc>(kLogitScale) * col_factor);
 }
 
 template <class T, bool stream>
@@ -112,14 +113,14 @@ SPARTA_INLINE void forward_row(const T* x, T* y, typename Accumulator<T>::type r
     if (!stream) prefetch_write(y + k);
     typename Lanes::Vector values[Lanes::line];
     for (int64_t i = 0, at = k; i < Lanes::line; ++i, at += Lanes::lanes)
-      values[i] = gated<T>(Lanes::load(x + at), row_factor, Columns::load(col_factor + at));
+      values[i] = gate(Lanes::load(x + at), attention<T>(row_factor, Columns::load(col_factor + at)).value);
     Lanes::template store_line<stream>(y + k, values);
   }
   for (; k < cols; k += Lanes::lanes) {
     const int64_t count = min(Lanes::lanes, cols - k);
     prefetch_read(x + k);
     prefetch_write(y + k);
-    const auto value = gated<T>(load_partial(x + k, count), row_factor, Columns::load(col_factor + k));
+    const auto value = gate(load_partial(x + k, count), attention<T>(row_factor, Columns::load(col_factor + k)).value);
     store_partial(y + k, value, count);
   }
 }
@@ -160,8 +161,7 @@ struct Gradients {
   Vector gx{}, row{}, col{};
 
   SPARTA_INLINE Gradients(Vector x, Vector gy, typename Accumulator<T>::type row_factor, Vector col_factor) {
-    using Acc = typename Accumulator<T>::type;
-    const auto phi = sigmoid_scaled<kSignificantBits<T>>(row_factor * static_cast<Acc>(kLogitScale) * col_factor);
+    const auto phi = attention<T>(row_factor, col_factor);
     if (want_input) gx = gate_grad_input(x, gy, phi.value);
     if (want_factors) {
       const Vector gz = gate_grad_logit(x, gy, phi);

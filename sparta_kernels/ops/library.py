@@ -46,9 +46,9 @@ def batched(operation: Any) -> None:
     torch.library.register_vmap(operation, rule, lib=_library)
 
 
-def fill(wanted: Tensor | None, like: Tensor) -> Tensor:
+def fill(gradient: Tensor | None, like: Tensor) -> Tensor:
     """Operations return a fixed number of tensors: an empty one stands for a gradient that nobody asked for."""
-    return like.new_empty(0) if wanted is None else wanted
+    return like.new_empty(0) if gradient is None else gradient
 
 
 def second_order(
