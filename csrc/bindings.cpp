@@ -12,6 +12,20 @@
 #include "cuda/device.h"
 #endif
 
+// Run a kernel where its arguments say, without the GIL.
+#if defined(SPARTA_WITH_CUDA)
+#define SPARTA_RUN(kernel, args)    \
+  py::gil_scoped_release release;   \
+  if (args.place.device < 0)        \
+    cpu_kernels().kernel(args);     \
+  else                              \
+    cuda::kernel(args);
+#else
+#define SPARTA_RUN(kernel, args)    \
+  py::gil_scoped_release release;   \
+  cpu_kernels().kernel(args);
+#endif
+
 namespace py = pybind11;
 
 namespace sparta {
@@ -21,64 +35,70 @@ namespace {
 using Address = uintptr_t;
 using Rows = std::array<int64_t, 3>;   // address, sample stride, row stride
 using Small = std::array<int64_t, 2>;  // address, dtype
+using Where = std::array<int64_t, 3>;  // threads, device, stream
 
 void* pointer(int64_t address) { return reinterpret_cast<void*>(static_cast<Address>(address)); }
 Matrices matrices(const Rows& p) { return {pointer(p[0]), p[1], p[2]}; }
+Place place(const Where& w) { return {static_cast<int>(w[0]), static_cast<int>(w[1]), pointer(w[2])}; }
 Dense dense(const Small& s) { return {pointer(s[0]), static_cast<DType>(s[1])}; }
 
 GateShape gate_shape(const std::array<int64_t, 5>& s, bool planar) { return {s[0], s[1], s[2], s[3], s[4], planar}; }
 
 void gate_forward(const std::array<int64_t, 5>& shape, bool planar, int dtype, const Rows& x, const Rows& y,
-                  const Small& spatial, const Small& channel, const Small& kernel, int threads) {
+                  const Small& spatial, const Small& channel, const Small& kernel, const Where& where) {
   const GateForward args{gate_shape(shape, planar), static_cast<DType>(dtype), matrices(x), matrices(y), dense(spatial),
-                         dense(channel), dense(kernel), threads};
-  py::gil_scoped_release release;
-  cpu_kernels().gate_forward(args);
+                         dense(channel), dense(kernel), place(where)};
+  SPARTA_RUN(gate_forward, args)
 }
 
 void gate_backward(const std::array<int64_t, 5>& shape, bool planar, int dtype, const Rows& x, const Rows& gy,
                    const Rows& gx, const Small& spatial, const Small& channel, const Small& kernel,
-                   const Small& grad_spatial, const Small& grad_channel, const Small& grad_kernel, int threads) {
+                   const Small& grad_spatial, const Small& grad_channel, const Small& grad_kernel, Address scratch,
+                   const Where& where) {
   const GateBackward args{gate_shape(shape, planar), static_cast<DType>(dtype), matrices(x), matrices(gy), matrices(gx),
                           dense(spatial), dense(channel), dense(kernel), dense(grad_spatial), dense(grad_channel),
-                          dense(grad_kernel), threads};
-  py::gil_scoped_release release;
-  cpu_kernels().gate_backward(args);
+                          dense(grad_kernel), pointer(scratch), place(where)};
+  SPARTA_RUN(gate_backward, args)
+}
+
+// Bytes that gate_backward needs on a CUDA device beside its arguments.
+int64_t gate_backward_scratch(const std::array<int64_t, 5>& shape, bool planar, int dtype, const Where& where) {
+#if defined(SPARTA_WITH_CUDA)
+  if (place(where).device >= 0)
+    return cuda::gate_backward_scratch(gate_shape(shape, planar), static_cast<DType>(dtype), place(where));
+#endif
+  return 0;
 }
 
 void conv_forward(const std::array<int64_t, 4>& shape, const Small& spatial, const Small& kernel, const Small& output,
-                  int threads) {
+                  const Where& where) {
   const ConvForward args{{shape[0], shape[1], shape[2], shape[3]}, dense(spatial), dense(kernel), dense(output),
-                         threads};
-  py::gil_scoped_release release;
-  cpu_kernels().conv_forward(args);
+                         place(where)};
+  SPARTA_RUN(conv_forward, args)
 }
 
 void conv_backward(const std::array<int64_t, 4>& shape, const Small& grad_output, const Small& spatial,
-                   const Small& kernel, const Small& grad_spatial, const Small& grad_kernel, int threads) {
+                   const Small& kernel, const Small& grad_spatial, const Small& grad_kernel, const Where& where) {
   const ConvBackward args{{shape[0], shape[1], shape[2], shape[3]},
                           dense(grad_output), dense(spatial), dense(kernel), dense(grad_spatial), dense(grad_kernel),
-                          threads};
-  py::gil_scoped_release release;
-  cpu_kernels().conv_backward(args);
+                          place(where)};
+  SPARTA_RUN(conv_backward, args)
 }
 
 void pgd_step(int64_t elements, int dtype, Address adv, Address grad, Address clean, double signed_step, double eps,
-              double lower, double upper, int threads) {
+              double lower, double upper, const Where& where) {
   const PgdStep args{elements, static_cast<DType>(dtype), pointer(adv), pointer(grad), pointer(clean), signed_step,
-                     eps, lower, upper, threads};
-  py::gil_scoped_release release;
-  cpu_kernels().pgd_step(args);
+                     eps, lower, upper, place(where)};
+  SPARTA_RUN(pgd_step, args)
 }
 
 void pgd_start(const std::array<int64_t, 4>& shape, const std::array<int64_t, 4>& strides, int dtype, Address adv,
                Address clean, Address index, uint64_t seed, uint32_t restart, double eps, double lower, double upper,
-               int threads) {
+               const Where& where) {
   const PgdStart args{shape[0], shape[1], shape[2], shape[3], static_cast<DType>(dtype), pointer(adv), pointer(clean),
                       {strides[0], strides[1], strides[2], strides[3]}, static_cast<const int64_t*>(pointer(index)),
-                      seed, restart, eps, lower, upper, threads};
-  py::gil_scoped_release release;
-  cpu_kernels().pgd_start(args);
+                      seed, restart, eps, lower, upper, place(where)};
+  SPARTA_RUN(pgd_start, args)
 }
 
 py::dict cuda_info() {
@@ -115,6 +135,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("compiler") = SPARTA_COMPILER;
   m.def("gate_forward", &sparta::bindings::gate_forward);
   m.def("gate_backward", &sparta::bindings::gate_backward);
+  m.def("gate_backward_scratch", &sparta::bindings::gate_backward_scratch);
   m.def("conv_forward", &sparta::bindings::conv_forward);
   m.def("conv_backward", &sparta::bindings::conv_backward);
   m.def("pgd_step", &sparta::bindings::pgd_step);

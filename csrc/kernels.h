@@ -23,6 +23,13 @@ struct Dense {
   DType dtype;
 };
 
+// Where a kernel runs.
+struct Place {
+  int threads;   // on the CPU
+  int device;    // the CUDA device, or -1 for the CPU
+  void* stream;  // a cudaStream_t of that device
+};
+
 struct GateShape {
   int64_t samples, channels, height, width;
   int64_t share;  // one spatial cell for share x share pixels (Eq. 6)
@@ -38,7 +45,7 @@ struct GateForward {
   DType dtype;                     // of x and y
   Matrices x, y;                   // y is written
   Dense spatial, channel, kernel;  // (N, cells), (N, C), (N,) or null
-  int threads;
+  Place place;
 };
 
 struct GateBackward {
@@ -47,7 +54,8 @@ struct GateBackward {
   Matrices x, gy, gx;                              // gx is written, unless its data is null
   Dense spatial, channel, kernel;                  // as in forward
   Dense grad_spatial, grad_channel, grad_kernel;   // written, unless null
-  int threads;
+  void* scratch;                                   // on a CUDA device: gate_backward_scratch() bytes
+  Place place;
 };
 
 // Per-sample K x K cross-correlation on one channel, zero padded to keep the size. All tensors contiguous.
@@ -58,14 +66,14 @@ struct ConvShape {
 struct ConvForward {
   ConvShape shape;
   Dense spatial, kernel, output;
-  int threads;
+  Place place;
 };
 
 struct ConvBackward {
   ConvShape shape;
   Dense grad_output, spatial, kernel;
   Dense grad_spatial, grad_kernel;  // written, unless null
-  int threads;
+  Place place;
 };
 
 // adv, grad and clean have the same dtype and lie in the same order without gaps.
@@ -75,7 +83,7 @@ struct PgdStep {
   void* adv;  // read and written
   const void *grad, *clean;
   double signed_step, eps, lower, upper;  // signed_step: minus the step for a targeted attack
-  int threads;
+  Place place;
 };
 
 struct PgdStart {
@@ -88,13 +96,13 @@ struct PgdStart {
   uint64_t seed;
   uint32_t restart;
   double eps, lower, upper;
-  int threads;
+  Place place;
 };
 
 int64_t last_level_cache();  // bytes
 
 // clang-format off
-#define SPARTA_DECLARE_CPU_KERNELS            \
+#define SPARTA_DECLARE_KERNELS                \
   void gate_forward(const GateForward&);      \
   void gate_backward(const GateBackward&);    \
   void conv_forward(const ConvForward&);      \
@@ -105,16 +113,23 @@ int64_t last_level_cache();  // bytes
 
 // One namespace per instruction set: the same sources, compiled once for each (CMakeLists.txt).
 namespace baseline {
-SPARTA_DECLARE_CPU_KERNELS
+SPARTA_DECLARE_KERNELS
 }
 namespace avx2 {
-SPARTA_DECLARE_CPU_KERNELS
+SPARTA_DECLARE_KERNELS
 }
 namespace avx512 {
-SPARTA_DECLARE_CPU_KERNELS
+SPARTA_DECLARE_KERNELS
 }
 namespace avx512_bf16 {
-SPARTA_DECLARE_CPU_KERNELS
+SPARTA_DECLARE_KERNELS
+}
+
+// And one for CUDA devices. A kernel is queued on the place's stream, and nothing waits for it; a refused launch throws
+// std::runtime_error with the operation's name. Tensors and scratch are addresses on the place's device.
+namespace cuda {
+SPARTA_DECLARE_KERNELS
+int64_t gate_backward_scratch(const GateShape&, DType, const Place&);  // bytes, for partial sums
 }
 
 }  // namespace sparta

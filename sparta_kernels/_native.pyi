@@ -4,6 +4,7 @@ from typing import Any
 
 _Rows = tuple[int, int, int]  # address, sample stride, row stride (in elements)
 _Small = tuple[int, int]  # address (0: absent), dtype number
+_Place = tuple[int, int, int]  # CPU threads, CUDA device (-1: the CPU), stream
 
 compiler: str
 
@@ -16,7 +17,7 @@ def gate_forward(
     spatial: _Small,
     channel: _Small,
     kernel: _Small,
-    threads: int,
+    place: _Place,
     /,
 ) -> None: ...
 def gate_backward(
@@ -32,15 +33,17 @@ def gate_backward(
     grad_spatial: _Small,
     grad_channel: _Small,
     grad_kernel: _Small,
-    threads: int,
+    scratch: int,  # address of gate_backward_scratch() bytes, 0 where those are 0
+    place: _Place,
     /,
 ) -> None: ...
+def gate_backward_scratch(shape: tuple[int, int, int, int, int], planar: bool, dtype: int, place: _Place, /) -> int: ...
 def conv_forward(
     shape: tuple[int, int, int, int],  # N, H, W, K
     spatial: _Small,
     kernel: _Small,
     output: _Small,
-    threads: int,
+    place: _Place,
     /,
 ) -> None: ...
 def conv_backward(
@@ -50,7 +53,7 @@ def conv_backward(
     kernel: _Small,
     grad_spatial: _Small,
     grad_kernel: _Small,
-    threads: int,
+    place: _Place,
     /,
 ) -> None: ...
 def pgd_step(
@@ -63,7 +66,7 @@ def pgd_step(
     eps: float,
     lower: float,
     upper: float,
-    threads: int,
+    place: _Place,
     /,
 ) -> None: ...
 def pgd_start(
@@ -78,7 +81,7 @@ def pgd_start(
     eps: float,
     lower: float,
     upper: float,
-    threads: int,
+    place: _Place,
     /,
 ) -> None: ...
 def philox4x32(counter: list[int], key: list[int], /) -> list[int]: ...

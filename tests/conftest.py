@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
 from sparta_kernels import backends
-from sparta_kernels.backends import native
+from sparta_kernels.backends import layout, native
 
 # `backend` below sets the instruction set once for all the examples of a test: they may well share it.
 _shared = {
@@ -91,7 +91,7 @@ class GuardedTorch:
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Outputs are NaN until they are written, and stand under guard; call it to see whether one is hurt."""
     guarded_torch = GuardedTorch()
-    for module in backends.MODULES.values():
+    for module in (layout, *backends.MODULES.values()):
         monkeypatch.setattr(module, "torch", guarded_torch)
     return guarded_torch.check
 

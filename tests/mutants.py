@@ -52,8 +52,9 @@ BACKENDS, BAD, REFERENCE = "tests/test_backends.py", "tests/test_bad_input.py", 
 SECOND_ORDER = f"{GATE}::test_gradgradcheck"
 OPCHECK = "tests/test_dispatch.py::test_opcheck_of_the_convolution"
 ACTIVATION, PHILOX, KERNELS = "csrc/activation.h", "csrc/philox.h", "csrc/cpu/gate.cpp"
-LIBRARY, NATIVE, OPS = (
+LIBRARY, LAYOUT, NATIVE, OPS = (
     "sparta_kernels/ops/library.py",
+    "sparta_kernels/backends/layout.py",
     "sparta_kernels/backends/native.py",
     "sparta_kernels/ops",
 )

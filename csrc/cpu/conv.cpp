@@ -54,7 +54,7 @@ template <class Acc>
 void forward(const ConvForward& args) {
   const ConvShape& s = args.shape;
   const int64_t taps = s.size * s.size;
-#pragma omp parallel num_threads(useful_threads(args.threads, s.samples * s.height * s.width * taps))
+#pragma omp parallel num_threads(useful_threads(args.place.threads, s.samples * s.height * s.width * taps))
   {
     Padded<Acc> input(s);
     Scratch<Acc> kernel(taps), line(s.width);
@@ -71,7 +71,7 @@ template <class Acc>
 void backward(const ConvBackward& args) {
   const ConvShape& s = args.shape;
   const int64_t taps = s.size * s.size;
-#pragma omp parallel num_threads(useful_threads(args.threads, 2 * s.samples * s.height * s.width * taps))
+#pragma omp parallel num_threads(useful_threads(args.place.threads, 2 * s.samples * s.height * s.width * taps))
   {
     Padded<Acc> input(s), grad_output(s);
     Scratch<Acc> kernel(taps), flipped(taps), grad_kernel(taps), line(s.width);

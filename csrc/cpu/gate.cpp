@@ -132,7 +132,7 @@ void forward(const GateForward& args) {
   const bool planar = args.shape.planar;
   const int64_t tasks = chunks.tasks(), x_stride = args.x.row_stride, y_stride = args.y.row_stride;
   const int64_t elements = args.shape.samples * args.shape.channels * args.shape.pixels();
-#pragma omp parallel num_threads(useful_threads(args.threads, elements))
+#pragma omp parallel num_threads(useful_threads(args.place.threads, elements))
   {
     Factors<Acc> factors(chunks, false);
     const Acc* row_factor = planar ? factors.channel : factors.pixel;
@@ -309,7 +309,7 @@ void backward(const GateBackward& args) {
   const int64_t partial_size = s.channels + 1;
   Scratch<Acc> partial_memory(want_factors && chunks.count > 1 ? tasks * partial_size : 0);
   Acc* partials = partial_memory;
-#pragma omp parallel num_threads(useful_threads(args.threads, s.samples * s.channels * s.pixels()))
+#pragma omp parallel num_threads(useful_threads(args.place.threads, s.samples * s.channels * s.pixels()))
   {
     Factors<Acc> factors(chunks, want_factors);
     const Acc* row_factor = planar ? factors.channel : factors.pixel;

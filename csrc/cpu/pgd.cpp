@@ -21,7 +21,7 @@ void step(const PgdStep& args) {
   const Vector signed_step = Vector{} + static_cast<Acc>(args.signed_step), eps = Vector{} + static_cast<Acc>(args.eps);
   const Vector lower = Vector{} + static_cast<Acc>(args.lower), upper = Vector{} + static_cast<Acc>(args.upper);
   const int64_t blocks = ceil_div(args.elements, Lanes::lanes);
-#pragma omp parallel for schedule(static) num_threads(useful_threads(args.threads, args.elements))
+#pragma omp parallel for schedule(static) num_threads(useful_threads(args.place.threads, args.elements))
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t i = block * Lanes::lanes, count = min(Lanes::lanes, args.elements - i);
     const Vector moved = pgd_stepped(load_partial(adv + i, count), load_partial(grad + i, count),
@@ -36,7 +36,7 @@ void start(const PgdStart& args) {
   const Acc eps = static_cast<Acc>(args.eps);
   const Acc lower = static_cast<Acc>(args.lower), upper = static_cast<Acc>(args.upper);
   const int64_t elements = args.channels * args.height * args.width;
-#pragma omp parallel for schedule(static) num_threads(useful_threads(args.threads, args.samples * elements))
+#pragma omp parallel for schedule(static) num_threads(useful_threads(args.place.threads, args.samples * elements))
   for (int64_t sample = 0; sample < args.samples; ++sample) {
     PhiloxWords words{};
     for (int64_t c = 0, element = 0; c < args.channels; ++c)

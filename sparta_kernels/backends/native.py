@@ -1,15 +1,14 @@
-"""The compiled kernels: torch tensors in, addresses and strides down to C++.
+"""The compiled kernels, C++ and CUDA: torch tensors in, addresses and strides down to C++.
 
-Tensors arrive checked (`sparta_kernels.ops`). What is decided here is how a tensor's memory is described to the
-kernels, and what must be copied first because it cannot be described.
+Tensors arrive checked (`sparta_kernels.ops`).
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+
+from sparta_kernels.backends.layout import Output, Rows, as_rows, in_order_of, is_gapless, is_planar
 
 try:
     from sparta_kernels import _native
@@ -19,10 +18,18 @@ except ImportError as error:
         f"({error}). Install the package with `pip install .` from its source folder, and run from another folder"
     ) from error
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda") if _native.cuda_info()["built"] else ("cpu",)
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _ABSENT = (0, 0)
+
+
+def _place(tensor: Tensor) -> tuple[int, int, int]:
+    """Where a kernel runs: CPU threads, and the CUDA device (-1: the CPU) and its stream."""
+    if tensor.device.type == "cpu":
+        return torch.get_num_threads(), -1, 0
+    device = tensor.device.index
+    return 1, device, torch._C._cuda_getCurrentRawStream(device)
 
 
 def _small(tensor: Tensor | None) -> tuple[int, int]:
@@ -30,80 +37,26 @@ def _small(tensor: Tensor | None) -> tuple[int, int]:
     return _ABSENT if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype])
 
 
-@lru_cache(maxsize=256)  # a network asks for few layouts, again and again
-def _rows(shape: torch.Size, stride: tuple[int, ...], planar: bool) -> tuple[int, int] | None:
-    """Sample stride and row stride of an image batch whose rows are contiguous, or None where they are not.
-
-    A row is a channel's pixels (planar) or a pixel's channels. Strides of extents below 2 say nothing, and are not
-    looked at; an empty batch has no rows to lie anywhere.
-    """
-    samples, channels, height, width = shape
-    if samples * channels * height * width == 0:
-        return 0, 0
-    sample_stride, channel_stride, height_stride, width_stride = stride
-    if width == 1:
-        pixel_stride = height_stride
-    elif height == 1 or height_stride == width * width_stride:
-        pixel_stride = width_stride
-    else:
-        return None
-    if planar:
-        return (sample_stride, channel_stride) if pixel_stride == 1 or height * width == 1 else None
-    return (sample_stride, pixel_stride) if channel_stride == 1 or channels == 1 else None
-
-
-@lru_cache(maxsize=256)
-def _is_planar(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    """Whether rows are channels. Where both would do (one pixel, or one channel) the longer rows are taken."""
-    one_pixel = shape[2] * shape[3] == 1
-    pixels_in_rows = _rows(shape, stride, False) is not None
-    return not pixels_in_rows if one_pixel else _rows(shape, stride, True) is not None or not pixels_in_rows
-
-
-def _as_rows(image: Tensor, planar: bool) -> tuple[Tensor, tuple[int, int, int]]:
-    """The image, or a copy of it, and its description (address, sample stride, row stride)."""
-    strides = _rows(image.shape, image.stride(), planar)
-    if strides is None:
-        image = image.contiguous(memory_format=torch.contiguous_format if planar else torch.channels_last)
-        strides = _rows(image.shape, image.stride(), planar)
-        assert strides is not None
-    return image, (image.data_ptr(), *strides)
-
-
-class _Output:
-    """A new tensor with the strides that torch gives to elementwise results, and a place for a kernel to write it."""
-
-    def __init__(self, like: Tensor, planar: bool) -> None:
-        self.tensor = torch.empty_like(like)
-        self._written, self.rows = _as_rows(self.tensor, planar)
-
-    def finish(self) -> Tensor:
-        if self._written is not self.tensor:  # an order of axes that the kernels do not write
-            self.tensor.copy_(self._written)
-        return self.tensor
-
-
-def _gate_shape(x: Tensor, share: int) -> tuple[int, int, int, int, int]:
-    samples, channels, height, width = x.shape
-    return samples, channels, height, width, share
+def _matrices(rows: Rows) -> tuple[int, int, int]:
+    return rows.tensor.data_ptr(), rows.sample_stride, rows.row_stride
 
 
 def gate_forward(x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None, share: int) -> Tensor:
-    planar = _is_planar(x.shape, x.stride())
-    x_read, x_rows = _as_rows(x, planar)
+    planar = is_planar(x.shape, x.stride())
+    read = as_rows(x, planar)
     spatial, channel = spatial.contiguous(), channel.contiguous()
     kernel = None if kernel is None else kernel.contiguous()
-    y = _Output(x, planar)
+    y = Output(x, planar)
     _native.gate_forward(
-        _gate_shape(x_read, share),
+        (*x.shape, share),
         planar,
         _DTYPES[x.dtype],
-        x_rows,
-        y.rows,
+        _matrices(read),
+        _matrices(y.rows),
         _small(spatial),
         _small(channel),
         _small(kernel),
-        torch.get_num_threads(),
+        _place(x),
     )
     return y.finish()
 
@@ -117,29 +70,33 @@ def gate_backward(
     share: int,
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    planar = _is_planar(x.shape, x.stride())
-    x_read, x_rows = _as_rows(x, planar)
-    gy_read, gy_rows = _as_rows(gy, planar)  # noqa: RUF059 - where it is a copy, it must outlive the call
+    planar = is_planar(x.shape, x.stride())
+    read, gy_read = as_rows(x, planar), as_rows(gy, planar)
     spatial, channel = spatial.contiguous(), channel.contiguous()
     kernel = None if kernel is None else kernel.contiguous()
-    gx = _Output(x, planar) if wanted[0] else None
+    gx = Output(x, planar) if wanted[0] else None
     gspatial = torch.empty_like(spatial) if wanted[1] else None
     gchannel = torch.empty_like(channel) if wanted[2] else None
     gkernel = torch.empty_like(kernel) if kernel is not None and wanted[3] else None
+    shape, place = (*x.shape, share), _place(x)
+    scratch = _native.gate_backward_scratch(shape, planar, _DTYPES[x.dtype], place)
+    # On the stream's own allocator: what the kernels still need after this function is not given to anyone else.
+    sums = torch.empty(scratch, dtype=torch.uint8, device=x.device) if scratch else None
     _native.gate_backward(
-        _gate_shape(x_read, share),
+        shape,
         planar,
         _DTYPES[x.dtype],
-        x_rows,
-        gy_rows,
-        (0, 0, 0) if gx is None else gx.rows,
+        _matrices(read),
+        _matrices(gy_read),
+        (0, 0, 0) if gx is None else _matrices(gx.rows),
         _small(spatial),
         _small(channel),
         _small(kernel),
         _small(gspatial),
         _small(gchannel),
         _small(gkernel),
-        torch.get_num_threads(),
+        0 if sums is None else sums.data_ptr(),
+        place,
     )
     return None if gx is None else gx.finish(), gspatial, gchannel, gkernel
 
@@ -153,7 +110,7 @@ def conv_forward(spatial: Tensor, kernel: Tensor) -> Tensor:
         _small(spatial),
         _small(kernel),
         _small(output),
-        torch.get_num_threads(),
+        _place(spatial),
     )
     return output
 
@@ -172,27 +129,16 @@ def conv_backward(
         _small(kernel),
         _small(grad_spatial),
         _small(grad_kernel),
-        torch.get_num_threads(),
+        _place(spatial),
     )
     return grad_spatial, grad_kernel
-
-
-def _in_order_of(tensor: Tensor, model: Tensor) -> Tensor:
-    """`tensor`, or a copy of it, with the strides of the gapless `model`."""
-    if tensor.stride() == model.stride():
-        return tensor
-    return torch.empty_like(model).copy_(tensor)
-
-
-def _gapless(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def pgd_step(
     adv: Tensor, grad: Tensor, clean: Tensor, signed_step: float, eps: float, lower: float, upper: float
 ) -> None:
-    target = adv if _gapless(adv) else adv.contiguous()
-    grad, clean = _in_order_of(grad, target), _in_order_of(clean, target)
+    target = adv if is_gapless(adv) else adv.contiguous()
+    grad, clean = in_order_of(grad, target), in_order_of(clean, target)
     _native.pgd_step(
         target.numel(),
         _DTYPES[adv.dtype],
@@ -203,7 +149,7 @@ def pgd_step(
         eps,
         lower,
         upper,
-        torch.get_num_threads(),
+        _place(adv),
     )
     if target is not adv:
         adv.copy_(target)
@@ -219,8 +165,8 @@ def pgd_start(
     lower: float,
     upper: float,
 ) -> None:
-    target = adv if _gapless(adv) else adv.contiguous()
-    clean, indices = _in_order_of(clean, target), indices.contiguous()
+    target = adv if is_gapless(adv) else adv.contiguous()
+    clean, indices = in_order_of(clean, target), indices.contiguous()
     _native.pgd_start(
         tuple(target.shape),
         tuple(target.stride()),
@@ -233,7 +179,7 @@ def pgd_start(
         eps,
         lower,
         upper,
-        torch.get_num_threads(),
+        _place(adv),
     )
     if target is not adv:
         adv.copy_(target)
