@@ -9,7 +9,7 @@ import torch
 
 from sparta_kernels import backends
 from sparta_kernels._version import __version__
-from sparta_kernels.backends import native
+from sparta_kernels.backends import choices, native
 
 OPERATIONS = ("sparta_gate", "dynamic_conv", "pgd_step_", "pgd_start_")
 
@@ -27,6 +27,9 @@ def _cuda() -> dict[str, Any]:
         )
     else:
         cuda["note"] = "the driver is new enough for this build"
+    for device in cuda.get("devices", ()):
+        capability = "{}.{}".format(*device["capability"])
+        device["choices"] = choices.told(capability) or f"{choices.UNMEASURED}: nothing was measured on {capability}"
     return cuda
 
 
@@ -39,11 +42,11 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict with "versions", "cpu" (instruction sets built, supported and used; threads), "cuda" (architectures
-        built, devices, driver) and "operations": for every operation and kind of device, the backend that ``auto``
-        takes and why.
+        built, driver, devices, and what was measured to be the faster backend on such devices) and "operations": for
+        every operation and kind of device, the backend that ``auto`` takes and why.
     """
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    choices = {kind: backends.choose(torch.device(kind), "auto") for kind in kinds}
+    chosen = {kind: backends.choose(torch.device(kind), "auto") for kind in kinds}
     return {
         "versions": {
             "sparta_kernels": __version__,
@@ -58,8 +61,8 @@ def build_info() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "cuda": _cuda(),
-        "backends": ["reference", *backends.MODULES],
+        "backends": ["reference", *backends.DEVICES],
         "operations": {
-            operation: {kind: choice._asdict() for kind, choice in choices.items()} for operation in OPERATIONS
+            operation: {kind: choice._asdict() for kind, choice in chosen.items()} for operation in OPERATIONS
         },
     }

@@ -66,8 +66,14 @@ def lay_small(values: Tensor, strided: bool) -> Tensor:
     return torch.stack([values, torch.full_like(values, math.nan)], dim=-1)[..., 0]
 
 
+def here(tensor: Tensor) -> Tensor:
+    """On the device under test: the default one, which the fixture `backend` sets."""
+    return tensor.to(torch.get_default_device())
+
+
 def random(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    """Normal numbers; drawn on the CPU, so that they are the same on every device."""
+    return here(torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu"))
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------

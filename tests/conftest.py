@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter; it has to know before it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
@@ -28,9 +33,30 @@ settings.register_profile("thorough", max_examples=1000, **_shared)
 settings.register_profile("mutants", settings.get_profile("quick"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
-# Every backend that is compared with the reference: the compiled one at every instruction set that runs here.
-# A further backend is a further line: BACKENDS += [("triton", None)].
-BACKENDS: list[tuple[str, str | None]] = [("native", isa) for isa in native._native.supported_isas()]
+
+class Computed(NamedTuple):
+    """A backend, as the tests compare it with the reference."""
+
+    backend: str
+    isa: str | None = None  # of the native kernels on a CPU
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.backend, self.isa, self.device if self.device != "cpu" else None)))
+
+
+BACKENDS = [Computed("native", isa) for isa in native._native.supported_isas()]
+BACKENDS += [Computed(name, None, "cpu") for name in ("triton",) if "cpu" in backends.DEVICES.get(name, ())]
+if torch.cuda.is_available():
+    BACKENDS += [Computed(name, None, "cuda") for name, devices in backends.DEVICES.items() if "cuda" in devices]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of a backend on a GPU is one of those that need a GPU."""
+    for item in items:
+        computed = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if isinstance(computed, Computed) and computed.device == "cuda":
+            item.add_marker(pytest.mark.gpu)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -38,14 +64,30 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs an NVIDIA GPU")
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda param: "-".join(filter(None, param)))
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A backend's name, for the argument of that name, with the parameter's instruction set in force."""
-    name, isa = request.param
+@contextmanager
+def _in_force(computed: Computed) -> Iterator[str]:
+    """The backend's name, with its instruction set in force and its device the default one."""
     before = native._native.isa()
-    native._native.set_isa(isa or before)
-    yield name
-    native._native.set_isa(before)
+    native._native.set_isa(computed.isa or before)
+    try:
+        with torch.device(computed.device) if computed.device != "cpu" else nullcontext():
+            yield computed.backend
+    finally:
+        native._native.set_isa(before)
+
+
+@pytest.fixture(params=BACKENDS, ids=str)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend, by the name that the argument ``backend`` takes; new tensors lie on the device that it is for."""
+    with _in_force(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=[computed for computed in BACKENDS if computed.isa], ids=str)
+def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same, but the compiled CPU kernels alone."""
+    with _in_force(request.param) as name:
+        yield name
 
 
 @pytest.fixture(autouse=True)
@@ -75,14 +117,15 @@ class GuardedTorch:
 
     def empty_like(self, model: Tensor, **options: Any) -> Tensor:
         plain = torch.empty_like(model, **options)
-        buffer = torch.full((plain.numel() + 2 * self.GUARD,), self.VALUE, dtype=plain.dtype)
+        room = plain.numel() + 2 * self.GUARD
+        buffer = torch.full((room,), self.VALUE, dtype=plain.dtype, device=plain.device)
         buffer[self.GUARD : self.GUARD + plain.numel()] = torch.nan
         self._buffers.append(buffer)
         return buffer.as_strided(plain.shape, plain.stride(), self.GUARD)
 
     def check(self) -> None:
         for buffer in self._buffers:
-            expected = torch.tensor(self.VALUE, dtype=buffer.dtype)
+            expected = torch.tensor(self.VALUE, dtype=buffer.dtype, device=buffer.device)
             assert (buffer[: self.GUARD] == expected).all(), "written in front of an output"
             assert (buffer[-self.GUARD :] == expected).all(), "written behind an output"
 
@@ -91,7 +134,7 @@ class GuardedTorch:
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Outputs are NaN until they are written, and stand under guard; call it to see whether one is hurt."""
     guarded_torch = GuardedTorch()
-    for module in (layout, *backends.MODULES.values()):
+    for module in (layout, *map(backends.module, backends.DEVICES)):
         monkeypatch.setattr(module, "torch", guarded_torch)
     return guarded_torch.check
 

@@ -69,7 +69,7 @@ FAULTS = [
         "if need and i and tensor is not None",
         GATE,
     ),
-    Fault("row-stride", NATIVE, "(sample_stride, channel_stride) if", "(sample_stride, height * width) if", GATE),
+    Fault("row-stride", LAYOUT, "(sample_stride, channel_stride) if", "(sample_stride, height * width) if", GATE),
     Fault(
         "dtype-number",
         NATIVE,
@@ -77,7 +77,7 @@ FAULTS = [
         "torch.bfloat16: 3, torch.float16: 2",
         GATE,
     ),
-    Fault("gapless", NATIVE, "if tensor.stride() == model.stride():", "if True:", PGD),
+    Fault("gapless", LAYOUT, "if tensor.stride() == model.stride():", "if True:", PGD),
     Fault("untargeted", f"{OPS}/pgd.py", "-step_size if targeted", "step_size if targeted", PGD),
     Fault("version-counter", f"{OPS}/pgd.py", "    increment_version(adv)  # so", "    # so", PGD),
     Fault("unchecked-shape", f"{OPS}/checks.py", "if tuple(value.shape) != shape:", "if False:", BAD),

@@ -112,9 +112,9 @@ NOT_BACKENDS = [
     ("Native", ValueError, "got 'Native'"),
     ("", ValueError, "got ''"),
     *(
-        (name, ValueError, f"{name!r} is not part of this build; available: auto, reference")
+        (name, ValueError, f"{name!r} is not part of this installation; available: auto, reference")
         for name in backends.NAMES
-        if name not in ("auto", "reference", *backends.MODULES)
+        if name not in ("auto", "reference", *backends.DEVICES)
     ),
 ]
 
@@ -251,7 +251,7 @@ def test_a_wrong_call_names_its_argument_and_writes_nothing(
         pytest.fail("a kernel ran")
 
     for name in ("gate_forward", "conv_forward", "pgd_step", "pgd_start"):
-        monkeypatch.setattr(backends.MODULES["native"], name, computed)
+        monkeypatch.setattr(backends.module("native"), name, computed)
     requested = backends._requested
     arguments = GOOD[operation]()
     if "backend" in arguments:

@@ -120,7 +120,7 @@ def test_the_same_bits_every_time_and_for_any_number_of_threads(backend):
 
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=2)), ids=str)
 def test_needs_input_grad_reaches_the_kernel(monkeypatch, needed):
-    module = backends.MODULES["native"]
+    module = backends.module("native")
     conv_backward, seen, saved = module.conv_backward, [], []
 
     def spy(*arguments):

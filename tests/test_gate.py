@@ -142,7 +142,7 @@ def test_only_what_is_wanted_is_computed(backend, guarded, case, wanted):
 
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_needs_input_grad_reaches_the_kernel(monkeypatch, needed):
-    module = backends.MODULES["native"]
+    module = backends.module("native")
     seen = []
 
     def spy(*arguments):
@@ -303,7 +303,7 @@ def test_a_sample_does_not_depend_on_its_batch(backend):
     ],
     ids=str,
 )
-def test_results_as_large_as_the_cache(backend, image, share, layout, dtype):
+def test_results_as_large_as_the_cache(cpu_backend, image, share, layout, dtype):
     """They are written past it: the same bits as when the samples come one by one."""
     size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     cache = int(size.read_text().rstrip("K\n")) * 1024 if size.exists() else 2**25
@@ -311,13 +311,13 @@ def test_results_as_large_as_the_cache(backend, image, share, layout, dtype):
     if cache > 2**28:
         pytest.skip(f"the last-level cache has {cache / 2**20:.0f} MiB")
     small = GateCase((3, *image), dtype, (torch.float32,) * 3, share, layout, layout)
-    y, grads, inputs, gy = forward_backward(small, backend)
+    y, grads, inputs, gy = forward_backward(small, cpu_backend)
     part = torch.arange(samples) % 3
     large = [t[part] for t in inputs]
     gy = gy[part]
     assert large[0].stride()[1:] == inputs[0].stride()[1:]
-    assert_same_bits(sparta_gate(*large, share=share, backend=backend), y[part], "y")
-    got = torch.ops.sparta_kernels._gate_backward(gy, *large, share, [True] * 4, backend)
+    assert_same_bits(sparta_gate(*large, share=share, backend=cpu_backend), y[part], "y")
+    got = torch.ops.sparta_kernels._gate_backward(gy, *large, share, [True] * 4, cpu_backend)
     for name, grad, want in zip(NAMES, got, grads, strict=True):
         assert_same_bits(grad, want[part], name)
 

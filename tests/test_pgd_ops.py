@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import FLOATS, LAYOUTS, assert_same_bits, lay, random
+from cases import FLOATS, LAYOUTS, assert_same_bits, here, lay, random
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,11 +24,11 @@ SHAPES = [(2, 3, 5, 7), (1, 1, 1, 1), (3, 1, 4, 4), (2, 17, 1, 3), (0, 3, 4, 4),
 def images(seed: int, shape: tuple[int, ...], dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """adv (some of it on the edge of the ball, some past it, and of the range), grad (with zeros), clean."""
     generator = torch.Generator().manual_seed(seed)
-    clean = torch.rand(shape, generator=generator, dtype=torch.float64)
+    clean = here(torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu"))
     clean.view(-1)[::5] = clean.view(-1)[::5].round()
     offset = random(generator, *shape) * eps
     offset.view(-1)[::3] = eps * offset.view(-1)[::3].sign()
-    grad = random(generator, *shape) * 10.0 ** torch.randint(-30, 3, shape, generator=generator)
+    grad = random(generator, *shape) * 10.0 ** here(torch.randint(-30, 3, shape, generator=generator, device="cpu"))
     grad.view(-1)[::4] = 0.0
     grad.view(-1)[2::8] = -0.0
     return (clean + offset).to(dtype), grad.to(dtype), clean.to(dtype)

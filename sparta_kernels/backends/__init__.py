@@ -1,30 +1,32 @@
-"""How an operation is computed, and the one function that chooses.
+"""How an operation is computed, and who chooses.
 
-A backend is a module with one function per operation, all of the same names and signatures. ``reference`` is not in
-the table: it is the plain PyTorch of `sparta_kernels.reference`, and runs everywhere.
+A backend is a module with one function per operation, all of the same names and signatures. ``reference`` is not
+among them: it is the plain PyTorch of `sparta_kernels.reference`, and runs everywhere.
 """
 
 from __future__ import annotations
 
+import os
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType, TracebackType
-from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from sparta_kernels.backends import native
+from sparta_kernels.backends import choices, native
+from sparta_kernels.backends.choices import Choice
 
 NAMES = ("auto", "reference", "native", "triton")
 
-MODULES: dict[str, ModuleType] = {"native": native}
+# The kinds of device that each backend of this installation has kernels for. Triton's interpreter computes on a CPU
+# what its compiler would on a GPU: slowly, to test and to debug, so `auto` never takes it there.
+DEVICES: dict[str, tuple[str, ...]] = {"native": native.DEVICES}
+if find_spec("triton") is not None:
+    DEVICES["triton"] = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 
 _requested = "auto"
-
-
-class Choice(NamedTuple):
-    """A backend's name and the reason why it was taken."""
-
-    backend: str
-    reason: str
 
 
 class use_backend:
@@ -36,7 +38,7 @@ class use_backend:
     The choice holds for the whole process. A backward pass uses the backend that its forward pass used.
 
     Args:
-        name: "auto" (the fastest that can run), "reference" (plain PyTorch), "native" (C++) or "triton".
+        name: "auto" (the fastest that can run), "reference" (plain PyTorch), "native" (C++ and CUDA) or "triton".
 
     Raises:
         TypeError: name is not a string.
@@ -63,7 +65,9 @@ class use_backend:
 
 
 def choose(device: torch.device, backend: str | None = None, argument: str = "backend") -> Choice:
-    """The backend for tensors on `device`: the one asked for, or the fastest that can run there.
+    """The backend for tensors on `device`: the one asked for, or the best that can run there.
+
+    "auto" is also an answer, where several could and which of them is faster depends on the operation (`module_for`).
 
     Args:
         device: where the operation's tensors are.
@@ -78,14 +82,29 @@ def choose(device: torch.device, backend: str | None = None, argument: str = "ba
     if backend is not None:
         _check_name(name, argument)
     kind = device.type
+    able = [name for name, kinds in DEVICES.items() if kind in kinds]
     if name == "auto":
-        if kind in native.DEVICES:
-            return Choice("native", f"compiled kernels for {kind} are built in")
-        return Choice("reference", f"this build has no kernels for {kind}")
-    if name != "reference" and kind not in MODULES[name].DEVICES and kind != "meta":
-        able = ", ".join(["reference", *(n for n, module in MODULES.items() if kind in module.DEVICES)])
-        raise ValueError(f"{argument} {name!r} has no kernels for {kind} tensors; available there: {able}")
+        if not able:
+            return Choice("reference", f"this build has no kernels for {kind}")
+        if kind == "cpu" or len(able) == 1:
+            return Choice(able[0], f"its kernels for {kind} are the only compiled ones here")
+        return Choice("auto", "whichever was measured to be faster for the operation, dtype, layout and size")
+    if name != "reference" and name not in able and kind != "meta":
+        raise ValueError(
+            f"{argument} {name!r} has no kernels for {kind} tensors; available there: {', '.join(['reference', *able])}"
+        )
     return Choice(name, "asked for")
+
+
+@lru_cache
+def module(name: str) -> ModuleType:
+    """A backend's functions. It is imported when it is first used: Triton alone takes longer than all the rest."""
+    return import_module(f"sparta_kernels.backends.{name}")
+
+
+def module_for(backend: str, operation: str, tensor: Tensor) -> ModuleType:
+    """The functions that compute `operation` on `tensor`, where `backend` is what `choose` gave."""
+    return module(choices.fastest(operation, tensor).backend if backend == "auto" else backend)
 
 
 def _check_name(name: str, argument: str) -> None:
@@ -93,7 +112,7 @@ def _check_name(name: str, argument: str) -> None:
         raise TypeError(f"{argument} must be a string, got {type(name).__name__}")
     if name not in NAMES:
         raise ValueError(f"{argument} must be one of {', '.join(NAMES)}; got {name!r}")
-    if name not in ("auto", "reference", *MODULES):
+    if name not in ("auto", "reference", *DEVICES):
         raise ValueError(
-            f"{argument} {name!r} is not part of this build; available: auto, reference, {', '.join(MODULES)}"
+            f"{argument} {name!r} is not part of this installation; available: auto, reference, {', '.join(DEVICES)}"
         )

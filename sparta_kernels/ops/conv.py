@@ -11,7 +11,7 @@ from sparta_kernels.ops.library import differentiable, fill, register
 
 
 def _forward(spatial: Tensor, kernel: Tensor, backend: str) -> Tensor:
-    return backends.MODULES[backend].conv_forward(spatial, kernel)
+    return backends.module_for(backend, "conv_forward", spatial).conv_forward(spatial, kernel)
 
 
 def _forward_fake(spatial: Tensor, kernel: Tensor, backend: str) -> Tensor:
@@ -21,7 +21,8 @@ def _forward_fake(spatial: Tensor, kernel: Tensor, backend: str) -> Tensor:
 def _backward(
     grad_output: Tensor, spatial: Tensor, kernel: Tensor, wanted: list[bool], backend: str
 ) -> tuple[Tensor, ...]:
-    grads = backends.MODULES[backend].conv_backward(grad_output, spatial, kernel, wanted)
+    module = backends.module_for(backend, "conv_backward", spatial)
+    grads = module.conv_backward(grad_output, spatial, kernel, wanted)
     return tuple(fill(grad, spatial) for grad in grads)
 
 

@@ -11,7 +11,7 @@ from sparta_kernels.ops.library import differentiable, fill, register
 
 
 def _forward(x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None, share: int, backend: str) -> Tensor:
-    return backends.MODULES[backend].gate_forward(x, spatial, channel, kernel, share)
+    return backends.module_for(backend, "gate_forward", x).gate_forward(x, spatial, channel, kernel, share)
 
 
 def _forward_fake(
@@ -30,7 +30,8 @@ def _backward(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    grads = backends.MODULES[backend].gate_backward(gy, x, spatial, channel, kernel, share, wanted)
+    module = backends.module_for(backend, "gate_backward", x)
+    grads = module.gate_backward(gy, x, spatial, channel, kernel, share, wanted)
     return tuple(fill(grad, x) for grad in grads)
 
 

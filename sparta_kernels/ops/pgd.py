@@ -29,7 +29,7 @@ def _step(
     backend: str,
 ) -> None:
     increment_version(adv)  # so that autograd notices a write into what it saved
-    backends.MODULES[backend].pgd_step(adv, grad, clean, signed_step, eps, lower, upper)
+    backends.module_for(backend, "pgd_step", adv).pgd_step(adv, grad, clean, signed_step, eps, lower, upper)
 
 
 def _start(
@@ -44,7 +44,7 @@ def _start(
     backend: str,
 ) -> None:
     increment_version(adv)
-    backends.MODULES[backend].pgd_start(adv, clean, indices, eps, seed, restart, lower, upper)
+    backends.module_for(backend, "pgd_start", adv).pgd_start(adv, clean, indices, eps, seed, restart, lower, upper)
 
 
 def _nothing(*_: object) -> None:
