@@ -23,6 +23,8 @@ LAYOUTS = (
     *(f"sliced_{axis}" for axis in "nchw"),
     *(f"sliced_{axis}_channels_last" for axis in "nchw"),
     "stepped",
+    "shifted",
+    "shifted_channels_last",
     *(f"expanded_{axes}" for axes in ("n", "c", "hw", "nchw")),
 )
 
@@ -40,6 +42,10 @@ def lay(values: Tensor, layout: str) -> Tensor:
         return values.clone(memory_format=torch.channels_last)
     if kind == "permuted":
         return values.permute(3, 0, 2, 1).clone(memory_format=torch.contiguous_format).permute(1, 3, 2, 0)
+    if kind == "shifted":  # by one element: no address is a multiple of anything
+        plain = lay(values, "channels_last" if rest else "contiguous")
+        buffer = torch.full((values.numel() + 1,), math.nan, dtype=values.dtype)
+        return buffer[1:].as_strided(plain.shape, plain.stride()).copy_(values)
     if kind == "expanded":
         chosen = ["nchw".index(axis) for axis in axes]
         single = [slice(0, 1) if i in chosen else slice(None) for i in range(4)]
