@@ -1,4 +1,7 @@
-"""The gate to be measured: its inputs, the candidates that compute it, and the check that they compute it."""
+"""The gate to be measured: its inputs, the candidates that compute it, and the check that they compute it.
+
+Candidates and inputs serve other operations too (`small.py`).
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparta_kernels import reference, sparta_gate
-from sparta_kernels.backends import native
+from sparta_kernels import backends, reference, sparta_gate
 
 SHAPES = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 CANDIDATES = {
     "copy": "y.copy_(x), y allocated before",
-    "native": "sparta_gate",
-    "kernel": "the compiled kernel that sparta_gate calls, without its checks, dispatcher and autograd",
-    "eager": "torch.relu(x) * torch.sigmoid(kernel * spatial * channel), in x's dtype",
+    "native": "the operation, by the compiled kernels",
+    "kernel": "the compiled kernel that the operation calls, without its checks, dispatcher and autograd",
+    "triton": "the operation, by the Triton kernels",
+    "triton_kernel": "what the operation calls there, without its checks, dispatcher and autograd",
+    "eager": "plain PyTorch; the gate is torch.relu(x) * torch.sigmoid(kernel * spatial * channel), in x's dtype",
     "compile": "torch.compile of the same",
 }
+KERNELS = {"kernel": "native", "triton_kernel": "triton"}  # the bare kernels, and whose they are
 
 Call = Callable[[int], Any]
 
@@ -38,11 +43,12 @@ class WrongResult(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One shape (N, C, H, W), dtype and layout, by their names here."""
+    """One shape (N, C, H, W), dtype and layout of an operation, by their names here."""
 
     shape: tuple[int, int, int, int]
     dtype: str
     layout: str
+    operation: str = "gate"
 
     @property
     def size(self) -> int:
@@ -51,7 +57,8 @@ class Case:
         return samples * channels * height * width * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.shape))} {self.dtype} {self.layout}"
+        named = f"{'x'.join(map(str, self.shape))} {self.dtype} {self.layout}"
+        return named if self.operation == "gate" else f"{self.operation} {named}"
 
 
 @dataclass(frozen=True)
@@ -68,22 +75,34 @@ class Inputs:
         return Inputs(self.case, self.leaves[:1], self.grads[:1], self.copies[:1])
 
 
-def make_inputs(case: Case, count: int) -> Inputs:
-    """`count` sets of inputs: normally distributed, the same every time, copies of the first."""
+Random = Callable[..., Tensor]  # of a shape: normally distributed, in the case's dtype, on its device
+
+
+def make_inputs(case: Case, count: int, device: str = "cpu") -> Inputs:
+    """`count` sets of the gate's inputs: normally distributed, the same every time, copies of the first."""
     samples, channels, height, width = case.shape
-    generator = torch.Generator().manual_seed(0)
+
+    def leaves(images: Random, random: Random) -> tuple[Tensor, ...]:
+        return images(*case.shape), random(samples, 1, height, width), random(samples, channels), random(samples)
+
+    return repeat(case, count, device, leaves)
+
+
+def repeat(case: Case, count: int, device: str, leaves: Callable[[Random, Random], tuple[Tensor, ...]]) -> Inputs:
+    """`count` copies of what `leaves` makes, given a maker of images in the case's layout and one of other tensors."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(DTYPES[case.dtype])
+        return torch.randn(shape, generator=generator, device=device).to(DTYPES[case.dtype])
 
-    def images() -> Tensor:
-        return random(*case.shape).contiguous(memory_format=LAYOUTS[case.layout])
+    def images(*shape: int) -> Tensor:
+        return random(*shape).contiguous(memory_format=LAYOUTS[case.layout])
 
-    first = (images(), random(samples, 1, height, width), random(samples, channels), random(samples))
-    gy = images()
-    leaves = [tuple(tensor.clone().requires_grad_() for tensor in first) for _ in range(count)]
+    first = leaves(images, random)
+    gy = images(*first[0].shape)
+    sets = [tuple(tensor.clone().requires_grad_(tensor.is_floating_point()) for tensor in first) for _ in range(count)]
     grads = [gy.clone() for _ in range(count)]
-    return Inputs(case, leaves, grads, [torch.zeros_like(gy) for gy in grads])  # zeros_like touches the pages
+    return Inputs(case, sets, grads, [torch.zeros_like(gy) for gy in grads])  # zeros_like touches the pages
 
 
 class Candidate(Protocol):
@@ -107,32 +126,35 @@ class Copy:
 
 
 class Kernel:
-    """The compiled kernel as the operation's backend calls it."""
+    """The gate as the functions of a backend give it to the operation."""
+
+    def __init__(self, backend: str = "native") -> None:
+        self.module = backends.module(backend)
 
     def forward(self, inputs: Inputs) -> Call:
         leaves = [tuple(tensor.detach() for tensor in leaf) for leaf in inputs.leaves]
-        return lambda index: native.gate_forward(*leaves[index], 1)
+        return lambda index: self.module.gate_forward(*leaves[index], 1)
 
     def backward(self, inputs: Inputs) -> Call:
         leaves = [tuple(tensor.detach() for tensor in leaf) for leaf in inputs.leaves]
-        return lambda index: native.gate_backward(inputs.grads[index], *leaves[index], 1, [True] * 4)
+        return lambda index: self.module.gate_backward(inputs.grads[index], *leaves[index], 1, [True] * 4)
 
 
 class Autograd:
     """A differentiable function: called without a graph, and backward through graphs made before."""
 
-    def __init__(self, gate: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
-        self.gate = gate
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
 
     def forward(self, inputs: Inputs) -> Call:
         def call(index: int) -> Tensor:
             with torch.no_grad():
-                return self.gate(*inputs.leaves[index])
+                return self.function(*inputs.leaves[index])
 
         return call
 
     def backward(self, inputs: Inputs) -> Call:
-        graphs = [self.gate(*leaf) for leaf in inputs.leaves]
+        graphs = [self.function(*leaf) for leaf in inputs.leaves]
 
         def call(index: int) -> tuple[Tensor, ...]:
             leaves, gy = inputs.leaves[index], inputs.grads[index]
@@ -150,10 +172,10 @@ def make_candidate(name: str) -> Candidate:
     """The candidate of this name; compiled ones compile when first called."""
     if name == "copy":
         return Copy()
-    if name == "native":
-        return Autograd(partial(sparta_gate, backend="native"))
-    if name == "kernel":
-        return Kernel()
+    if name in KERNELS:
+        return Kernel(KERNELS[name])
+    if name in KERNELS.values():
+        return Autograd(partial(sparta_gate, backend=name))
     if name == "eager":
         return Autograd(naive)
     # A graph that is kept for many backward passes must not reuse what forward saved as room for gradients.
@@ -174,7 +196,7 @@ def check(name: str, candidate: Candidate, inputs: Inputs) -> None:
     leaves, gy = first.leaves[0], first.grads[0]
     y, gradients = candidate.forward(first)(0), candidate.backward(first)(0)
     if isinstance(candidate, Copy):
-        _compare(inputs.case, name, ("y",), (y,), (leaves[0],))
+        compare(inputs.case, name, ("y",), (y,), (leaves[0],))
         return
     got = [y, *gradients]
     for output, like in zip(got, (leaves[0], *leaves), strict=True):
@@ -182,13 +204,14 @@ def check(name: str, candidate: Candidate, inputs: Inputs) -> None:
         layout = LAYOUTS[inputs.case.layout]
         if not same or (like is leaves[0] and not output.is_contiguous(memory_format=layout)):
             raise WrongResult(f"{inputs.case}: {name} gives another dtype, shape or layout than it got")
-    picked = torch.linspace(0, len(gy) - 1, min(len(gy), _CHECKED)).long()
+    picked = torch.linspace(0, len(gy) - 1, min(len(gy), _CHECKED)).long().to(gy.device)
     doubles = [leaf.detach()[picked].double() for leaf in leaves]
     expected = (reference.gate(*doubles), *reference.gate_backward(gy[picked].double(), *doubles))
-    _compare(inputs.case, name, _OUTPUTS, [output[picked] for output in got], expected)
+    compare(inputs.case, name, _OUTPUTS, [output[picked] for output in got], expected)
 
 
-def _compare(case: Case, name: str, outputs: Sequence[str], got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+def compare(case: Case, name: str, outputs: Sequence[str], got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Raise WrongResult where one of these outputs is not within its dtype's error of what was expected."""
     allowed = _TOLERANCES[case.dtype]
     for output, value, wanted in zip(outputs, got, expected, strict=True):
         wanted = wanted.detach().double()

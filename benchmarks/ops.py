@@ -1,4 +1,4 @@
-"""Measure the gate, forward and backward, against a copy of x, eager PyTorch and torch.compile.
+"""Measure the operations against a copy, eager PyTorch and torch.compile, on a CPU or a GPU.
 
     python benchmarks/ops.py --json out.json
 
@@ -9,59 +9,73 @@ says what the numbers mean.
 from __future__ import annotations
 
 import argparse
-import math
-import os
-import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import bars
+import device_timing
 import gates
+import ops_options
+import small
+import tables
 import timing
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sparta_kernels.data.files import check_writable
 from sparta_kernels.report import save_json
 
 FAILED = 1  # a wrong result, or a full disk
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 TIMED = {
-    "forward": "the call, without a graph: reading x, spatial, channel and kernel, allocating and writing y",
-    "backward": "torch.autograd.grad on a graph made before (kernel: the call): from y's gradient to "
-    "all four inputs' gradients, allocating and writing them",
-    "outside": "freeing the results, compiling, checking",
+    "cpu": {
+        "forward": "the call, without a graph: reading x, spatial, channel and kernel, allocating and writing y",
+        "backward": "torch.autograd.grad on a graph made before (kernels: the call): from y's gradient to "
+        "all inputs' gradients, allocating and writing them",
+        "call": "the call, in place",
+        "outside": "freeing the results, compiling, checking",
+    },
+    "cuda": {
+        "forward, backward, call": "as on a CPU, but only what the GPU does: between two events around one replay of "
+        "a CUDA graph of `calls` calls, divided by their number",
+        "host_us": "the host's time for one call without a graph: Python, dispatcher, autograd, launches",
+        "outside": "allocating, freeing, compiling, checking",
+    },
 }
-_BUFFERS = 15  # of x's size, that the hungriest loop holds for each input: inputs, graphs, the last outputs
+_FIRST = {"measure": 10.0, "compile": 25.0}  # seconds that a case is taken to need before one has been measured
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0 done, 1 failed, 130 Ctrl-C. A bad argument exits with 2."""
+    started = time.monotonic()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    _fill_in(options)
-    cases = _cases(options)
-    _check(parser, options, cases)
-    timing.use_allocator(options.allocator)
+    options, cases = ops_options.read(arguments)
+    if options.device == "cpu":
+        timing.use_allocator(options.allocator)
     torch.set_num_threads(options.threads)
 
+    on_gpu = options.device == "cuda"
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "quick")}
     document: dict[str, Any] = {
-        **timing.provenance("benchmarks/ops.py", arguments),
+        **timing.provenance("benchmarks/ops.py", arguments, device_timing.describe() if on_gpu else None),
         "settings": settings,
         "candidates": {name: gates.CANDIDATES[name] for name in options.candidates},
-        "timed": TIMED,
+        "timed": TIMED[options.device],
         "complete": False,
         "results": [],
+        "not_measured": [],
     }
     status = 0
     try:
-        _measure(options, cases, document)
-        document["complete"] = True
+        with device_timing.Cuda() if on_gpu else nullcontext() as device:
+            if device is not None:
+                document["ceilings"] = device_timing.ceilings(device)
+            _measure(options, _plan(options, cases), document, device, started)
+        document["complete"] = not document["not_measured"]
         _save(options.json, document)
     except KeyboardInterrupt:
         print("ops.py: interrupted", file=sys.stderr)
@@ -74,171 +88,155 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _measure(options: argparse.Namespace, cases: Sequence[gates.Case], document: dict[str, Any]) -> None:
-    """Measure every case, adding to the document and writing it as results come."""
+def _plan(options: argparse.Namespace, cases: Sequence[gates.Case]) -> list[tuple[str, gates.Case, list[str]]]:
+    """Every case to be measured, by which candidates, in which of two phases.
+
+    On a GPU, compiling takes far longer than measuring. So everything is measured without torch.compile first, and a
+    second time with it, the most important cases first each time.
+    """
+    plan = []
+    if options.device == "cuda":
+        cases = sorted(cases, key=_importance)
+    early = [name for name in options.candidates if name != "compile" or options.device == "cpu"]
+    for phase, names in {"measure": early, "compile": options.candidates}.items():
+        for case in cases:
+            able = [name for name in names if name in small.OPERATIONS[case.operation].candidates]
+            if able and (phase == "measure" or ("compile" in able and able != early)):
+                plan.append((phase, case, able))
+    return plan
+
+
+def _importance(case: gates.Case) -> tuple[int, int]:
+    """The cells that bars are set for, the other operations, the other cells; less work before more."""
+    judged = case.operation == "gate" and case.shape[0] >= bars.LARGE_BATCH
+    large = tuple(case.shape[1:]) in bars.LARGE_SITES
+    return (0 if judged and large else 1 if case.operation != "gate" else 2 if judged else 3), case.shape[0]
+
+
+def _measure(
+    options: argparse.Namespace,
+    plan: Sequence[tuple[str, gates.Case, list[str]]],
+    document: dict[str, Any],
+    device: device_timing.Cuda | None,
+    started: float,
+) -> None:
+    """Measure what the plan says as far as the budget goes, adding to the document and writing it as results come."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    needed = dict(_FIRST)
     # Nothing is drawn while a loop runs: the machine belongs to the candidates then.
     with Progress(*columns, console=console, auto_refresh=False) as progress:
-        task = progress.add_task("", total=len(cases) * len(bars.DIRECTIONS))
+        task = progress.add_task("", total=len(plan))
+        for phase, case, names in plan:
+            begun = time.monotonic()
+            # The slowest case of its phase so far says whether there is time for another one.
+            if options.budget is not None and begun - started + needed[phase] > options.budget:
+                document["not_measured"].append(f"{case}, {phase}: no time left")
+                continue
 
-        def say(what: str) -> None:
-            progress.update(task, description=what, refresh=True)
+            def say(what: str, case: gates.Case = case) -> None:
+                progress.update(task, description=f"{case}: {what}", refresh=True)
 
-        for case in cases:
-            say(f"{case}: making inputs")
-            count = _inputs(options, case)
-            inputs = gates.make_inputs(case, count)
-            candidates = {name: gates.make_candidate(name) for name in options.candidates}
-            for name, candidate in candidates.items():
-                say(f"{case}: {'compiling' if name == 'compile' else 'checking'} {name}")
-                gates.check(name, candidate, inputs)
-            for direction in bars.DIRECTIONS:
-                say(f"{case}: measuring {direction}")
-                calls = {name: getattr(ready, direction)(inputs) for name, ready in candidates.items()}
-                with timing.OtherLoad() as others:
-                    times = timing.interleave(calls, inputs=count, seconds=options.seconds, rounds=options.rounds)
-                found = bars.cell(case.shape, case.dtype, case.layout, case.size, direction)
-                found |= {"inputs": count, "other_load": others.share}
-                found["candidates"] = {name: time.as_dict() for name, time in times.items()}
-                document["results"].append(bars.finish(found))
-                _save(options.json, document)
-                medians = (f"{name} {time.median * 1e3:.3f}" for name, time in times.items())
-                progress.console.print(f"{bars.title(found)}: {', '.join(medians)} ms")
-                progress.advance(task)
-        say("measured")
+            try:
+                for found in _measure_case(options, case, names, document.get("ceilings"), device, say):
+                    _add(document["results"], found)
+                    _save(options.json, document)
+                    times = (f"{name} {times['median_ms']:.3f}" for name, times in found["candidates"].items())
+                    progress.console.print(f"{bars.title(found)}: {', '.join(times)} ms")
+            except torch.OutOfMemoryError as error:
+                document["not_measured"].append(f"{case}, {phase}: {str(error).splitlines()[0]}")
+            spent = time.monotonic() - begun
+            needed[phase] = spent if needed[phase] == _FIRST[phase] else max(spent, needed[phase])
+            progress.advance(task)
+        progress.update(task, description="measured", refresh=True)
+    for missing in document["not_measured"]:
+        print(f"not measured: {missing}", file=sys.stderr)
 
 
-def _inputs(options: argparse.Namespace, case: gates.Case) -> int:
-    count: int = options.inputs or timing.inputs_needed(case.size)
-    return count
+def _measure_case(
+    options: argparse.Namespace,
+    case: gates.Case,
+    names: Sequence[str],
+    ceilings: Mapping[str, float] | None,
+    device: device_timing.Cuda | None,
+    say: Callable[[str], None],
+) -> Iterator[bars.Cell]:
+    """Check the candidates for a case, and time them in every direction."""
+    say("making inputs")
+    operation, count = small.OPERATIONS[case.operation], ops_options.inputs(options, case)
+    inputs = operation.make_inputs(case, count, options.device)
+    candidates = {name: operation.make_candidate(name) for name in names}
+    for name, candidate in candidates.items():
+        say(f"{'compiling' if name == 'compile' else 'checking'} {name}")
+        operation.check(name, candidate, inputs)
+    for direction in bars.FLOOR_COPIES[case.operation]:
+        say(f"measuring {direction}")
+        calls = {name: getattr(candidate, direction)(inputs) for name, candidate in candidates.items()}
+        found = bars.cell(case.shape, case.dtype, case.layout, case.size, direction, case.operation)
+        found |= {"inputs": count, "other_load": None}
+        if device is None:
+            with timing.OtherLoad() as others:
+                times = timing.interleave(calls, inputs=count, seconds=options.seconds, rounds=options.rounds)
+            found["other_load"] = others.share
+        else:
+            times = device_timing.interleave(
+                device, calls, inputs=count, seconds=options.seconds, rounds=options.rounds
+            )
+        found["candidates"] = {name: measured.as_dict() for name, measured in times.items()}
+        yield bars.finish(found, ceilings)
+
+
+def _add(results: list[bars.Cell], found: bars.Cell) -> None:
+    """Add a cell to the results, in the place of an earlier measurement of the same."""
+    titles = [bars.title(other) for other in results]
+    if bars.title(found) in titles:
+        results[titles.index(bars.title(found))] = found
+    else:
+        results.append(found)
 
 
 def _save(path: str | None, document: dict[str, Any]) -> None:
-    document |= {"summary": bars.summarise(document["results"]), "bars": bars.judge(document["results"])}
+    results, device = document["results"], document["device"]["type"]
+    document |= {"summary": bars.summarise(results), "bars": bars.judge(results, device)}
     if path is not None:
         save_json(path, document)
 
 
 def _print(document: dict[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    results, device, allocator = document["results"], document["device"], document["settings"]["allocator"]
-    for direction in bars.DIRECTIONS:
-        console.print(bars.times_table(results, direction))
-    console.print(
-        f"{device['name']}, {device['threads']} threads, {document['build']['cpu']['isa']}, "
-        f"torch {document['build']['versions']['torch']}. Medians; GB/s of the bytes that have to move.\n"
-        + "\n".join(f"  {name}: {meaning}" for name, meaning in document["candidates"].items())
-        + f"\nAll but copy allocate their outputs. Allocator {allocator}: {timing.ALLOCATORS[allocator]}."
-    )
-    console.print(bars.summary_table(document["summary"]))
-    console.print(bars.bars_table(document["bars"]))
+    results, device = document["results"], document["device"]
+    on_gpu = device["type"] == "cuda"
+    console = Console(width=None if sys.stdout.isatty() else 180 if on_gpu else 140, highlight=False)
+    for operation, directions in bars.FLOOR_COPIES.items():
+        for direction in directions:
+            if any((found["operation"], found["direction"]) == (operation, direction) for found in results):
+                table = tables.device_table if on_gpu else tables.times_table
+                console.print(table(results, operation, direction))
+    versions = document["build"]["versions"]
+    meanings = "\n".join(f"  {name}: {meaning}" for name, meaning in document["candidates"].items())
+    if on_gpu:
+        ceilings = document["ceilings"]
+        console.print(
+            f"{device['name']}, torch {versions['torch']}. Medians of the device's time. A large copy: "
+            f"{ceilings['copy_gb_per_s']:.0f} GB/s; an empty launch in a graph: {ceilings['empty_launch_us']:.2f} us. "
+            f"Of copy: share of copy's bandwidth in the same cell. Excess: us over empty launch and floor.\n{meanings}"
+        )
+    else:
+        allocator = document["settings"]["allocator"]
+        console.print(
+            f"{device['name']}, {device['threads']} threads, {document['build']['cpu']['isa']}, "
+            f"torch {versions['torch']}. Medians; GB/s of the bytes that have to move.\n{meanings}"
+            f"\nAll but copy allocate their outputs. Allocator {allocator}: {timing.ALLOCATORS[allocator]}."
+        )
+    console.print(tables.summary_table(document["summary"]))
+    console.print(tables.bars_table(document["bars"]))
     noisy = sum(found["noisy"] for found in results)
     if noisy:
         console.print(
             f"{noisy} of {len(results)} cells are noisy (p80 over {bars.NOISY_SPREAD:g} times p20, or others "
             f"had over {bars.NOISY_LOAD:.0%} of the CPUs): measure again when nothing else runs."
         )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ops.py", description="Measure the gate against copy, eager PyTorch and torch.compile."
-    )
-    add = parser.add_argument
-    add("--json", metavar="FILE", help="write the results here")
-    add("--batch", nargs="+", type=_count, metavar="N", help="batch sizes (default: 128)")
-    add("--shape", nargs="+", type=_shape, metavar="N,C,H,W", help="these shapes in place of the usual")
-    add("--dtype", nargs="+", choices=gates.DTYPES, default=["fp32", "bf16"])
-    add("--layout", nargs="+", choices=gates.LAYOUTS, default=list(gates.LAYOUTS))
-    add(
-        "--candidates",
-        nargs="+",
-        choices=gates.CANDIDATES,
-        help="; ".join(f"{name}: {meaning}" for name, meaning in gates.CANDIDATES.items()),
-    )
-    add("--threads", type=_count, default=torch.get_num_threads(), metavar="N")
-    add(
-        "--quick",
-        action="store_true",
-        help="a look in under a minute: short loops, and compile only where --candidates names it",
-    )
-    add("--seconds", type=_seconds, help="time for each loop (default: 3; 0.3 with --quick)")
-    add("--inputs", type=_count, metavar="N", help="inputs to rotate (default: past the last-level cache)")
-    allocators = "; ".join(f"{name}: {meaning}" for name, meaning in timing.ALLOCATORS.items())
-    add("--allocator", choices=timing.ALLOCATORS, default="keep", help=f"{allocators} (default: %(default)s)")
-    return parser
-
-
-def _fill_in(options: argparse.Namespace) -> None:
-    """Settle what depends on other options."""
-    options.seconds = options.seconds or (0.3 if options.quick else 3.0)
-    options.rounds = 5 if options.quick else 10
-    usual = [name for name in gates.CANDIDATES if name != "compile" or not options.quick]
-    options.candidates = [name for name in gates.CANDIDATES if name in (options.candidates or usual)]
-
-
-def _cases(options: argparse.Namespace) -> list[gates.Case]:
-    shapes = options.shape or [(batch, *image) for batch in options.batch or [128] for image in gates.SHAPES]
-    return [
-        gates.Case(shape, dtype, layout)
-        for shape in dict.fromkeys(shapes)
-        for dtype in dict.fromkeys(options.dtype)
-        for layout in dict.fromkeys(options.layout)
-    ]
-
-
-def _check(parser: argparse.ArgumentParser, options: argparse.Namespace, cases: Sequence[gates.Case]) -> None:
-    """Refuse what could not be done, before anything is."""
-    if options.batch and options.shape:
-        parser.error("argument --shape: not allowed with argument --batch")
-    cpus = os.cpu_count() or 1
-    if options.threads > cpus:
-        parser.error(f"argument --threads: must be at most {cpus} (CPUs here), got {options.threads}")
-    compiler = os.environ.get("CXX", "g++")  # as torch.compile looks for it
-    if "compile" in options.candidates and shutil.which(compiler) is None:
-        parser.error(
-            f"argument --candidates: compile needs a C++ compiler, and {compiler} is not here; "
-            "install it, set CXX, or name other candidates"
-        )
-    if options.json is not None:
-        try:
-            check_writable(options.json)
-        except OSError as error:
-            parser.error(f"argument --json: {error}")
-    needed, largest = max((_BUFFERS * case.size * _inputs(options, case), str(case)) for case in cases)
-    available = timing.available_memory()
-    if available is not None and needed > available:
-        parser.error(
-            f"{largest} needs about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free; "
-            "choose a smaller --batch or --shape"
-        )
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) < 2**31):
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def _shape(text: str) -> tuple[int, int, int, int]:
-    try:
-        samples, channels, height, width = (_count(part) for part in text.split(","))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(
-            f"must be four integers of at least 1, such as 128,64,32,32, got {text!r}"
-        ) from None
-    return samples, channels, height, width
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return seconds
+    if document["not_measured"]:
+        console.print(f"{len(document['not_measured'])} cases were not measured; the JSON names them.")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -46,22 +46,24 @@ _TOLD = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "GOMP_", "KMP_", "MK
 
 @dataclass(frozen=True)
 class Times:
-    """What one candidate took, in seconds a call, and the page faults of its median call."""
+    """What one candidate took, in seconds a call, and what else there is to say of its calls, by name."""
 
     p20: float
     median: float
     p80: float
     samples: int
-    page_faults: float
+    more: Mapping[str, Any]
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, Any]:
         """Milliseconds, as the JSON files hold them."""
-        milliseconds = {name: 1e3 * getattr(self, name) for name in ("p20", "median", "p80")}
-        return {
-            **{f"{name}_ms": value for name, value in milliseconds.items()},
-            "samples": self.samples,
-            "page_faults": self.page_faults,
-        }
+        milliseconds = {f"{name}_ms": 1e3 * getattr(self, name) for name in ("p20", "median", "p80")}
+        return {**milliseconds, "samples": self.samples, **self.more}
+
+
+def summary(seconds: Sequence[float], **more: Any) -> Times:
+    """The quantiles of single measurements."""
+    p20, median, p80 = (float(q) for q in numpy.quantile(seconds, [0.2, 0.5, 0.8]))
+    return Times(p20, median, p80, len(seconds), more)
 
 
 def interleave(
@@ -70,7 +72,7 @@ def interleave(
     inputs: int,
     seconds: float,
     rounds: int = 10,
-    synchronize: Callable[[], None] | None = None,
+    synchronize: Callable[[], object] | None = None,
 ) -> dict[str, Times]:
     """Time candidates in turns.
 
@@ -114,12 +116,10 @@ def interleave(
                     faults[name].append(faulted)
     finally:
         gc.enable()
-    return {name: _times(times[name], faults[name]) for name in candidates}
-
-
-def _times(nanoseconds: list[int], faults: list[int]) -> Times:
-    p20, median, p80 = (float(q) * 1e-9 for q in numpy.quantile(nanoseconds, [0.2, 0.5, 0.8]))
-    return Times(p20, median, p80, len(nanoseconds), float(numpy.median(faults)))
+    return {
+        name: summary([1e-9 * spent for spent in times[name]], page_faults=float(numpy.median(faults[name])))
+        for name in candidates
+    }
 
 
 class OtherLoad:
@@ -158,9 +158,10 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logarithms) / len(logarithms))
 
 
-def inputs_needed(size: int) -> int:
-    """How many inputs of `size` bytes to rotate, so that they exceed the last-level cache several times."""
-    return min(max(2, -(-_CACHES * last_level_cache() // size)), _MOST_INPUTS)
+def inputs_needed(size: int, room: int | None = None) -> int:
+    """How many inputs of `size` bytes to rotate, so that they exceed `room`: several times the last-level cache."""
+    room = _CACHES * last_level_cache() if room is None else room
+    return min(max(2, -(-room // size)), _MOST_INPUTS)
 
 
 def last_level_cache() -> int:
@@ -197,28 +198,35 @@ def use_allocator(name: str) -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_PAGES})
 
 
-def provenance(command: str, arguments: list[str]) -> dict[str, Any]:
-    """Who measured what where: command, date, commit, machine, versions, settings of the environment."""
+def provenance(command: str, arguments: list[str], device: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Who measured what where: command, date, commit, machine, versions, settings of the environment.
+
+    `device` describes the device that computes, where that is not the CPU.
+    """
+    cpu = {
+        "type": "cpu",
+        "name": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "last_level_cache": last_level_cache(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_at_start": os.getloadavg()[0],
+    }
     return {
         "command": " ".join([command, *arguments]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "device": {
-            "type": "cpu",
-            "name": cpu_name(),
-            "cores": len(os.sched_getaffinity(0)),
-            "threads": torch.get_num_threads(),
-            "last_level_cache": last_level_cache(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "load_at_start": os.getloadavg()[0],
-        },
+        "commit": commit(),
+        "device": cpu if device is None else {**device, "host": cpu},
         "build": build_info(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(_TOLD)},
     }
 
 
-def _commit() -> dict[str, Any] | None:
-    """The commit that this file stands on, and whether files differ from it; None outside a repository."""
+def commit() -> dict[str, Any] | None:
+    """The commit that this file stands on, and whether files differ from it.
+
+    Outside a repository it is what the variable SPARTA_COMMIT says, if anything.
+    """
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -229,4 +237,5 @@ def _commit() -> dict[str, Any] | None:
     try:
         return {"hash": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
-        return None
+        told = os.environ.get("SPARTA_COMMIT")
+        return {"hash": told, "changed": None} if told else None
