@@ -1,0 +1,20 @@
+// In place of the CPU kernels: the emulated module has those of csrc/cuda, and nothing may land anywhere else.
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace sparta {
+namespace baseline {
+
+#define EMULATOR_NO_KERNEL(name, Arguments) \
+  void name(const Arguments&) { throw std::logic_error(#name ": the emulated module has no CPU kernels"); }
+
+EMULATOR_NO_KERNEL(gate_forward, GateForward)
+EMULATOR_NO_KERNEL(gate_backward, GateBackward)
+EMULATOR_NO_KERNEL(conv_forward, ConvForward)
+EMULATOR_NO_KERNEL(conv_backward, ConvBackward)
+EMULATOR_NO_KERNEL(pgd_step, PgdStep)
+EMULATOR_NO_KERNEL(pgd_start, PgdStart)
+
+}  // namespace baseline
+}  // namespace sparta
