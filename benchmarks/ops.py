@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "timed": TIMED[options.device],
         "complete": False,
         "results": [],
+        "failed": [],
         "not_measured": [],
     }
     status = 0
@@ -75,17 +76,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if device is not None:
                 document["ceilings"] = device_timing.ceilings(device)
             _measure(options, _plan(options, cases), document, device, started)
-        document["complete"] = not document["not_measured"]
+        document["complete"] = not document["not_measured"] and not document["failed"]
         _save(options.json, document)
     except KeyboardInterrupt:
         print("ops.py: interrupted", file=sys.stderr)
         status = INTERRUPTED
-    except (gates.WrongResult, OSError) as error:
+    except OSError as error:
         print(f"ops.py: {error}", file=sys.stderr)
         status = FAILED
     if document["results"]:
         _print(document)
-    return status
+    for missing in document["not_measured"]:
+        print(f"not measured: {missing}", file=sys.stderr)
+    for failure in document["failed"]:
+        print(f"ops.py: {failure}", file=sys.stderr)
+    return status or (FAILED if document["failed"] else 0)
 
 
 def _plan(options: argparse.Namespace, cases: Sequence[gates.Case]) -> list[tuple[str, gates.Case, list[str]]]:
@@ -138,7 +143,7 @@ def _measure(
                 progress.update(task, description=f"{case}: {what}", refresh=True)
 
             try:
-                for found in _measure_case(options, case, names, document.get("ceilings"), device, say):
+                for found in _measure_case(options, case, names, document, device, say):
                     _add(document["results"], found)
                     _save(options.json, document)
                     times = (f"{name} {times['median_ms']:.3f}" for name, times in found["candidates"].items())
@@ -149,26 +154,34 @@ def _measure(
             needed[phase] = spent if needed[phase] == _FIRST[phase] else max(spent, needed[phase])
             progress.advance(task)
         progress.update(task, description="measured", refresh=True)
-    for missing in document["not_measured"]:
-        print(f"not measured: {missing}", file=sys.stderr)
 
 
 def _measure_case(
     options: argparse.Namespace,
     case: gates.Case,
     names: Sequence[str],
-    ceilings: Mapping[str, float] | None,
+    document: dict[str, Any],
     device: device_timing.Cuda | None,
     say: Callable[[str], None],
 ) -> Iterator[bars.Cell]:
-    """Check the candidates for a case, and time them in every direction."""
+    """Check the candidates for a case, and time them in every direction. One that fails is named and left out."""
     say("making inputs")
     operation, count = small.OPERATIONS[case.operation], ops_options.inputs(options, case)
     inputs = operation.make_inputs(case, count, options.device)
-    candidates = {name: operation.make_candidate(name) for name in names}
-    for name, candidate in candidates.items():
+    candidates = {}
+    for name in names:
         say(f"{'compiling' if name == 'compile' else 'checking'} {name}")
-        operation.check(name, candidate, inputs)
+        try:
+            candidates[name] = operation.make_candidate(name)
+            operation.check(name, candidates[name], inputs)
+        except (torch.AcceleratorError, torch.OutOfMemoryError):  # after the first nothing on the GPU works any more
+            raise
+        except Exception as error:  # whatever it is: the others are measured all the same
+            wrong = isinstance(error, gates.WrongResult)
+            document["failed"].append(str(error) if wrong else f"{case}: {name}: {type(error).__name__}: {error}")
+            candidates.pop(name, None)
+    if not candidates:
+        return
     for direction in bars.FLOOR_COPIES[case.operation]:
         say(f"measuring {direction}")
         calls = {name: getattr(candidate, direction)(inputs) for name, candidate in candidates.items()}
@@ -183,7 +196,7 @@ def _measure_case(
                 device, calls, inputs=count, seconds=options.seconds, rounds=options.rounds
             )
         found["candidates"] = {name: measured.as_dict() for name, measured in times.items()}
-        yield bars.finish(found, ceilings)
+        yield bars.finish(found, document.get("ceilings"))
 
 
 def _add(results: list[bars.Cell], found: bars.Cell) -> None:

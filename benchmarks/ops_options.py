@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=small.OPERATIONS,
         help="what to measure (default: the gate on a CPU, all on a GPU)",
     )
-    add("--batch", nargs="+", type=_count, metavar="N", help="batch sizes (default: 128; on a GPU 128, 512 and 1024)")
+    add("--batch", nargs="+", type=count, metavar="N", help="batch sizes (default: 128; on a GPU 128, 512 and 1024)")
     add("--shape", nargs="+", type=_shape, metavar="N,C,H,W", help="these shapes in place of the usual")
     add("--dtype", nargs="+", choices=gates.DTYPES, help="default: fp32 and bf16; of images fp32")
     add("--layout", nargs="+", choices=gates.LAYOUTS, help="of the gate's x (default: both)")
@@ -65,17 +65,17 @@ def _parser() -> argparse.ArgumentParser:
         choices=gates.CANDIDATES,
         help="; ".join(f"{name}: {meaning}" for name, meaning in gates.CANDIDATES.items()),
     )
-    add("--threads", type=_count, default=torch.get_num_threads(), metavar="N")
+    add("--threads", type=count, default=torch.get_num_threads(), metavar="N")
     add(
         "--quick",
         action="store_true",
         help="a look in under a minute: short loops, and compile only where --candidates names it",
     )
-    add("--seconds", type=_seconds, help="time for each loop (default: 3; 0.3 with --quick; 0.2 on a GPU)")
-    add("--inputs", type=_count, metavar="N", help="inputs to rotate (default: past the last-level cache)")
+    add("--seconds", type=seconds, help="time for each loop (default: 3; 0.3 with --quick; 0.2 on a GPU)")
+    add("--inputs", type=count, metavar="N", help="inputs to rotate (default: past the last-level cache)")
     add(
         "--budget",
-        type=_seconds,
+        type=seconds,
         metavar="SECONDS",
         help="end by about then, and list what has not been measured; on a GPU the most important cells come first",
     )
@@ -142,7 +142,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace, cases: 
         )
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """An integer of at least 1, for argparse."""
     if not (text.isascii() and text.isdigit() and 1 <= int(text) < 2**31):
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
@@ -150,7 +151,7 @@ def _count(text: str) -> int:
 
 def _shape(text: str) -> tuple[int, int, int, int]:
     try:
-        samples, channels, height, width = (_count(part) for part in text.split(","))
+        samples, channels, height, width = (count(part) for part in text.split(","))
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(
             f"must be four integers of at least 1, such as 128,64,32,32, got {text!r}"
@@ -158,11 +159,12 @@ def _shape(text: str) -> tuple[int, int, int, int]:
     return samples, channels, height, width
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """A positive number, for argparse."""
     try:
-        seconds = float(text)
+        number = float(text)
     except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
+        number = math.nan
+    if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return seconds
+    return number

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,8 +191,8 @@ class Operation:
     """How an operation is made, checked, and where it is measured unless the command line says otherwise."""
 
     make_inputs: Callable[[Case, int, str], Inputs]
-    make_candidate: Callable[[str], Candidate]
-    check: Callable[[str, Candidate, Inputs], None]
+    make_candidate: Callable[[str], Any]
+    check: Callable[[str, Any, Inputs], None]
     candidates: Sequence[str]
     images: Sequence[tuple[int, int, int]]  # C, H, W
     dtypes: Sequence[str]

@@ -1,0 +1,140 @@
+"""Run every operation once at small, odd shapes, in every dtype and layout: to be watched by compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python benchmarks/sanitize_ops.py --device cuda
+
+Inputs are made on the CPU and results compared there, so that hardly anything but the kernels in question runs on
+the GPU. Exit status 1 where a result is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+# Before torch is imported: every tensor gets an allocation of its own. In a shared one, no access is out of bounds.
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+
+import torch
+from torch import Tensor
+
+from sparta_kernels import backends, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-12}
+
+# N, C, H, W, share: one element, odd rows, rows of whole vectors and one more, several chunks of a sample.
+GATES = ((1, 1, 1, 1, 1), (3, 5, 7, 3, 1), (2, 16, 8, 8, 1), (2, 17, 5, 13, 2), (1, 70, 33, 31, 1), (2, 130, 4, 4, 3))
+CONVS = ((1, 1, 1, 1), (3, 5, 7, 3), (2, 33, 31, 5))  # N, H, W, K
+IMAGES = ((1, 1, 1, 1), (2, 3, 5, 7), (3, 3, 33, 31))
+EPS, STEP, SEED = 0.25, 0.0625, 7
+
+Result = tuple[str, Tensor, Tensor]  # what, as it is, as it should be
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status: 0 done, 1 a wrong result. A bad argument exits with 2."""
+    parser = argparse.ArgumentParser(prog="sanitize_ops.py", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--backend", choices=("native", "triton"), default="native")
+    parser.add_argument("--quick", action="store_true", help="the smallest shapes alone")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: there is no NVIDIA GPU here that torch can use")
+    if options.device not in backends.DEVICES.get(options.backend, ()):
+        parser.error(f"argument --backend: {options.backend} has no kernels for {options.device} here")
+
+    torch.manual_seed(0)
+    some = slice(2 if options.quick else None)
+    module, device = backends.module(options.backend), torch.device(options.device)
+    checked, wrong = 0, []
+    for dtype in DTYPES:
+        for what, got, wanted in _results(module, device, dtype, some):
+            checked += 1
+            error = float((got.cpu().double() - wanted.double()).abs().max() / max(1.0, float(wanted.abs().max())))
+            if not error <= _TOLERANCES[dtype]:  # NaN is wrong too
+                wrong.append(f"{what} {dtype}: error {error:.2g}, allowed {_TOLERANCES[dtype]:g}")
+    for line in wrong:
+        print(f"sanitize_ops.py: wrong: {line}", file=sys.stderr)
+    print(f"{checked} results of {options.backend} on {options.device} checked, {len(wrong)} wrong")
+    return 1 if wrong else 0
+
+
+def _results(module: Any, device: torch.device, dtype: torch.dtype, some: slice) -> Iterator[Result]:
+    for shape in GATES[some]:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for plain in (True, False):
+                yield from _gate(module, device, dtype, shape, layout, plain)
+    for conv in CONVS[some]:
+        yield from _conv(module, device, dtype, conv)
+    for image in IMAGES[some]:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            yield from _attack(module, device, dtype, image, layout)
+
+
+def _gate(
+    module: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    layout: torch.memory_format,
+    plain: bool,
+) -> Iterator[Result]:
+    """Plain: with a kernel, x and gy aligned. Else without, and one element off any alignment."""
+    samples, channels, height, width, share = shape
+    cells = (-(-height // share), -(-width // share))
+    x, gy = (torch.randn(shape[:4]).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    small = [torch.randn(size).to(dtype) for size in ((samples, 1, *cells), (samples, channels), (samples,))]
+    inputs = [x, *small] if plain else [x, *small[:2], None]
+    there = [None if tensor is None else _put(tensor, device, shifted=False) for tensor in inputs]
+    there[0], gy_there = _put(x, device, not plain), _put(gy, device, not plain)
+    title = f"gate {shape} {layout} {'plain' if plain else 'shifted, no kernel'}"
+    y = module.gate_forward(*there, share)
+    doubles = [None if tensor is None else tensor.double() for tensor in inputs]
+    yield f"{title} forward", y, reference.gate(*doubles, share)
+    wanted = [True, True, True, plain]
+    gradients = module.gate_backward(gy_there, *there, share, wanted)
+    expected = reference.gate_backward(gy.double(), *doubles, share)
+    for number, (got, right) in enumerate(zip(gradients, expected, strict=True)):
+        if got is not None and right is not None:
+            yield f"{title} gradient {number}", got, right
+
+
+def _conv(module: Any, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Result]:
+    samples, height, width, size = shape
+    spatial, gy = (torch.randn(samples, 1, height, width).to(dtype) for _ in range(2))
+    kernel = torch.randn(samples, size, size).to(dtype)
+    doubles = [tensor.double().requires_grad_() for tensor in (spatial, kernel)]
+    right = reference.dynamic_conv(*doubles)
+    there = [tensor.to(device) for tensor in (spatial, kernel)]
+    yield f"conv {shape} forward", module.conv_forward(*there), right.detach()
+    gradients = module.conv_backward(gy.to(device), *there, [True, True])
+    for got, wanted in zip(gradients, torch.autograd.grad(right, doubles, gy.double()), strict=True):
+        yield f"conv {shape} gradient", got, wanted
+
+
+def _attack(
+    module: Any, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format
+) -> Iterator[Result]:
+    clean = torch.rand(shape).to(dtype).contiguous(memory_format=layout)
+    grad = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+    indices = torch.arange(5, 5 + shape[0])
+    shifted = layout == torch.channels_last
+    adv, there = _put(torch.zeros_like(clean), device, shifted), _put(clean, device, shifted)
+    module.pgd_start(adv, there, indices.to(device), EPS, SEED, 1, 0.0, 1.0)
+    started = reference.pgd_start(clean, indices, eps=EPS, seed=SEED, restart=1)
+    yield f"pgd_start {shape} {layout}", adv.cpu(), started
+    module.pgd_step(adv, grad.to(device), there, -STEP, EPS, 0.0, 1.0)
+    yield f"pgd_step {shape} {layout}", adv, reference.pgd_step(started, grad, clean, STEP, EPS)
+
+
+def _put(tensor: Tensor, device: torch.device, shifted: bool) -> Tensor:
+    """The tensor on the device, in memory of its own size or one element into a larger one."""
+    buffer = torch.empty(tensor.numel() + shifted, dtype=tensor.dtype, device=device)
+    return buffer.as_strided(tensor.shape, tensor.stride(), int(shifted)).copy_(tensor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
