@@ -8,6 +8,7 @@ with emulated_native() as cuda:
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from typing import NamedTuple
 from emulator import build
 
 ASCENDING, DESCENDING = 0, 1  # orders; any other number is the seed of a shuffled one
+ORDER = int(os.environ.get("SPARTA_EMULATOR_ORDER", ASCENDING))
 INVALID_VALUE, INVALID_CONFIGURATION, INVALID_DEVICE, OUT_OF_RESOURCES = 1, 9, 101, 701  # CUDA errors
 
 
@@ -40,6 +42,7 @@ class Emulator:
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
+        self.library.emulator_set_order(ctypes.c_uint64(ORDER))
 
     @contextmanager
     def order(self, seed: int) -> Iterator[None]:
@@ -48,7 +51,7 @@ class Emulator:
         try:
             yield
         finally:
-            self.library.emulator_set_order(ctypes.c_uint64(ASCENDING))
+            self.library.emulator_set_order(ctypes.c_uint64(ORDER))
 
     def fail_next_launch(self, error: int) -> None:
         """The next launch does nothing and gives this error."""

@@ -4,7 +4,7 @@ What is built lies in build/emulator (or, where that cannot be written, in the t
 hashes of everything that went into it, and is built once. Any number of processes may build at the same time.
 
 Environment variables:
-    CXX                       the compiler: g++ 9 or later, or clang++
+    CXX                       the compiler
     SPARTA_EMULATOR_SANITIZE  1: with AddressSanitizer and UndefinedBehaviorSanitizer (see sanitized.py)
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -31,18 +30,15 @@ ROOT = HERE.parent.parent
 SANITIZE = os.environ.get("SPARTA_EMULATOR_SANITIZE", "0") not in ("", "0")
 
 COMPILER = os.environ.get("CXX", "g++")
-# Locals start as 0xfe bytes: what is used before it is set shows, and shows every time.
-COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ftrivial-auto-var-init=pattern")
-# In a sanitized build nothing is forgiven: the first finding ends the process.
-SANITIZERS = (
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=undefined",
-    "-fno-omit-frame-pointer",
-    "-g1",
-    "-O1",
+COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+WHERE_KNOWN = (
+    "-ftrivial-auto-var-init=pattern",  # what is used before it is set shows, and shows every time
+    "-fno-gnu-unique",  # or such symbols would be shared with other modules that are loaded
 )
-# nvcc fuses multiplications and additions unless it is told not to, so this does as well, wherever the machine can.
-FUSED = ("-ffp-contract=fast", *(("-mfma",) if platform.machine() in ("x86_64", "AMD64") else ()))
+# In a sanitized build nothing is forgiven: the first finding ends the process.
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1")
+# nvcc fuses multiplications and additions unless it is told not to, so this does as well, where the machine can.
+FUSED = ("-ffp-contract=fast",)
 UNFUSED = ("-ffp-contract=off",)  # as --fmad=false for the attack: adversarial images round alike everywhere
 KERNELS = (
     *("-O2", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas", "-Wno-sign-compare"),
@@ -65,7 +61,7 @@ def emulated_module() -> Path:
     definitions = ("-DSPARTA_WITH_CUDA", '-DSPARTA_CUDA_ARCHS="emulated"', '-DSPARTA_COMPILER="emulator"')
     units = [
         *(
-            Unit(path, (*KERNELS, *(UNFUSED if path.stem == "pgd" else FUSED), *includes))
+            Unit(path, (*KERNELS, *(UNFUSED if path.stem == "pgd" else _fused()), *includes))
             for path in sorted((sources / "cuda").glob("*.cu"))
         ),
         Unit(sources / "bindings.cpp", ("-O1", *definitions, *includes, *python)),
@@ -80,7 +76,7 @@ def emulated_module() -> Path:
 def example_library() -> Path:
     """The kernels of examples.cu, right ones and wrong ones, to be called through ctypes."""
     source = translated(HERE) / "examples.cu"
-    units = [Unit(source, (*KERNELS, *FUSED, f"-I{HERE}")), *_emulator()]
+    units = [Unit(source, (*KERNELS, *_fused(), f"-I{HERE}")), *_emulator()]
     return library("examples.so", units, [*HERE.glob("*.h")])
 
 
@@ -90,11 +86,10 @@ def _emulator() -> list[Unit]:
 
 # ---- sources -----------------------------------------------------------------------------------------------
 
-# __shared__ alignas(16) Type name[2][3];
-_SHARED = re.compile(
-    r"__shared__\s+(?:alignas\([^()]*\)\s*)?(?P<type>[A-Za-z_][\w:<> ]*?)\s+(?P<name>\w+)(?P<extents>(?:\[[^\[\]]*\])*);"
-)
-_DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:alignas\([^()]*\)\s*)?(?P<type>[\w:<> ]+?)\s+(?P<name>\w+)\[\];")
+# [extern] __shared__ alignas(16) Type<int> name[2][3];
+_DECLARATION = r"__shared__\s+(?:alignas\([^()]*\)\s*)?(?P<type>[A-Za-z_][\w:<> ]*?)\s+(?P<name>\w+)"
+_STATIC = re.compile(_DECLARATION + r"(?P<extents>(?:\[[^\[\]]*\])*);")
+_DYNAMIC = re.compile(r"extern\s+" + _DECLARATION + r"\[\];")
 
 
 def translate(text: str, name: str) -> str:
@@ -104,7 +99,7 @@ def translate(text: str, name: str) -> str:
         ValueError: a declaration is not of the form that is understood here.
     """
     text = _DYNAMIC.sub(r"\g<type>* const \g<name> = static_cast<\g<type>*>(emulator::dynamic_shared());", text)
-    text = _SHARED.sub(
+    text = _STATIC.sub(
         r"static emulator::Shared \g<name>_place; using \g<name>_type = \g<type>\g<extents>; "
         r'\g<name>_type& \g<name> = emulator::shared<\g<name>_type>(\g<name>_place, "\g<name>");',
         text,
@@ -139,9 +134,7 @@ def translated(folder: Path) -> Path:
 
 def library(name: str, units: Sequence[Unit], headers: Iterable[Path]) -> Path:
     """Compile and link, unless it is there already."""
-    common = (*COMMON, *(SANITIZERS if SANITIZE else ()))
-    # GNU's unique symbols would be shared with other modules, even where those are loaded for themselves.
-    common = (*common, *(("-fno-gnu-unique",) if "g++" in COMPILER else ()))
+    common = (*COMMON, *filter(_is_known, WHERE_KNOWN), *(SANITIZERS if SANITIZE else ()))
     headers_digest = _digest([*(path.read_text() for path in sorted(headers)), _compiler_version()])
     folder = build_folder()
 
@@ -183,6 +176,19 @@ def build_folder() -> Path:
             if os.access(folder, os.W_OK):
                 return folder
     raise RuntimeError("the emulator finds no folder in which it may build")
+
+
+def _fused() -> tuple[str, ...]:
+    cpuinfo = Path("/proc/cpuinfo")
+    can = cpuinfo.exists() and re.search(r"^flags\s*:.*\bfma\b", cpuinfo.read_text(), re.MULTILINE)
+    return (*FUSED, "-mfma") if can else FUSED  # on aarch64 it is there without being asked for
+
+
+@lru_cache
+def _is_known(flag: str) -> bool:
+    """To the compiler."""
+    command = [COMPILER, "-Werror", flag, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 @lru_cache
