@@ -1,0 +1,234 @@
+"""What the compilers make of the GPU kernels, without a GPU: registers, shared memory, spills, bytes an element.
+
+    python benchmarks/compiled.py                       # both backends, compute capability 8.0, 9.0 and 10.0
+    python benchmarks/compiled.py --backend triton --arch 90 --json compiled.json
+
+Native kernels are read out of the installed module; Triton's are compiled for what its launch table chooses at the
+sites of ResNets. Ends with status 1 if any of them spills registers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import machine_code
+import torch
+from machine_code import Code
+from rich.console import Console
+from rich.table import Table
+
+from sparta_kernels import backends
+from sparta_kernels.backends import native
+from sparta_kernels.data.files import check_writable
+from sparta_kernels.report import save_json
+
+ARCHS = (80, 90, 100)
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_C_TYPES = {"double": "float64", "float": "float32", "sparta::bfloat16": "bfloat16", "sparta::float16": "float16"}
+SITES = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4))
+BATCH = 512
+# Of the native kernels: those of whole vectors. The others read one element at a time, whatever the shape.
+_WHOLE = "16-byte vectors"
+_SINGLE = "single elements"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel: whose, what for, and its machine code."""
+
+    backend: str
+    name: str
+    dtype: str
+    case: str  # which kernel of that name
+    code: Code
+
+    def as_dict(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            **{key: getattr(self, key) for key in ("backend", "name", "dtype", "case")},
+            **{key: getattr(self.code, key) for key in ("arch", "registers", "shared", "stack", "local", "spills")},
+            "instructions": len(self.code.instructions),
+        }
+        if self.name.startswith("gate") and self.case != _SINGLE and "finish" not in self.name:
+            traffic = self.code.traffic(DTYPES[self.dtype].itemsize)
+            facts["main_loop"] = {
+                "elements_per_thread": traffic.elements,
+                "bytes_loaded_per_element": traffic.loaded,
+                "bytes_stored_per_element": traffic.stored,
+                "narrow_bytes_per_element": traffic.narrow,
+                "instructions_per_element": traffic.instructions,
+            }
+        return facts
+
+
+# ---- the native kernels ------------------------------------------------------------------------------------
+
+
+def native_kernels(archs: Sequence[int]) -> Iterator[Kernel]:
+    """All that the installed module holds for these architectures."""
+    for code in machine_code.read(Path(native._native.__file__)):
+        found = re.search(r"(\w+)_kernel<(.*?)>\(", code.name)
+        if found is None or code.arch not in archs:
+            continue
+        of_what = "gate_" if "sparta::Gate" in code.name else "conv_" if "sparta::Conv" in code.name else "pgd_"
+        dtype, *vector = (part.strip() for part in found[2].split(","))
+        case = (_SINGLE if vector[0] == "1" else _WHOLE) if vector else ""
+        yield Kernel("native", of_what + found[1], _C_TYPES[dtype], case, code)
+
+
+# ---- Triton's ----------------------------------------------------------------------------------------------
+
+
+class _Target:
+    """What triton asks its driver while it compiles, answered without a GPU."""
+
+    def __init__(self, arch: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._arch, self._target = arch, GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._arch  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def triton_launches() -> Iterator[tuple[str, str, str, Any]]:
+    """Name, dtype, case and launch of every kernel that is chosen for the sites of ResNets, in the dtypes of x."""
+    from sparta_kernels.backends import triton
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for dtype_name, dtype in DTYPES.items():
+        for channels, height, width in SITES if dtype.itemsize in (4, 2) else SITES[:1]:
+            for layout in ("planar", "channels_last"):
+                order = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+                x = empty(BATCH, channels, height, width, dtype=dtype).contiguous(memory_format=order)
+                small = (
+                    empty(BATCH, 1, height, width, dtype=dtype),
+                    empty(BATCH, channels, dtype=dtype),
+                    empty(BATCH, dtype=dtype),
+                )
+                case = f"{channels}x{height}x{width} {layout}"
+                for launches, _ in (
+                    triton.plan_gate_forward(x, *small, 1),
+                    triton.plan_gate_backward(x, x, *small, 1, [True] * 4),
+                ):
+                    yield from ((launch.kernel.__name__, dtype_name, case, launch) for launch in launches)
+        images, indices = empty(BATCH, 3, 32, 32, dtype=dtype), empty(BATCH, dtype=torch.int64)
+        spatial, kernel = empty(BATCH, 1, 32, 32, dtype=dtype), empty(BATCH, 3, 3, dtype=dtype)
+        for case, (launches, _) in {
+            "3x32x32": triton.plan_pgd_step(images, images, images, 0.1, 0.1, 0.0, 1.0),
+            "3x32x32 ": triton.plan_pgd_start(images, images, indices, 0.1, 0, 0, 0.0, 1.0),
+            "3x3": triton.plan_conv_forward(spatial, kernel),
+            "3x3 ": triton.plan_conv_backward(spatial, spatial, kernel, [True, True]),
+        }.items():
+            yield from ((launch.kernel.__name__, dtype_name, case.strip(), launch) for launch in launches)
+
+
+def _compile(work: tuple[int, int, int]) -> list[Kernel]:
+    """Compile every `step`-th of the launches for one architecture, in a process of its own."""
+    arch, first, step = work
+    from triton.runtime import driver
+
+    driver.set_active(_Target(arch))
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, dtype, case, launch in list(triton_launches())[first::step]:
+            options = {"num_warps": launch.warps, "enable_fp_fusion": launch.fused}
+            compiled = launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **options)
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            (code,) = machine_code.read(cubin)
+            code.shared = compiled.metadata.shared  # what a launch asks for; the cubin does not know it
+            found.append(Kernel("triton", name, dtype, case, code))
+    return found
+
+
+def triton_kernels(archs: Sequence[int], processes: int = 2) -> list[Kernel]:
+    """What the launch table chooses, compiled for these architectures.
+
+    Raises:
+        RuntimeError: this is the interpreter.
+    """
+    if "cpu" in backends.DEVICES["triton"]:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: nothing would be compiled")
+    work = [(arch, first, processes) for arch in archs for first in range(processes)]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        found = [kernel for kernels in pool.map(_compile, work) for kernel in kernels]
+    return sorted(found, key=lambda kernel: (kernel.code.arch, kernel.name, kernel.dtype, kernel.case))
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def spilling(kernels: Sequence[Kernel]) -> list[Kernel]:
+    return [kernel for kernel in kernels if kernel.code.spills or kernel.code.stack or kernel.code.local]
+
+
+def _table(kernels: Sequence[Kernel], arch: int) -> Table:
+    table = Table(title=f"sm_{arch}", title_justify="left")
+    for heading in ("backend", "kernel", "dtype", "case"):
+        table.add_column(heading)
+    for heading in ("registers", "shared", "spills", "B/element in", "out", "narrow", "instr./element"):
+        table.add_column(heading, justify="right")
+    for kernel in kernels:
+        if kernel.code.arch == arch:
+            loop = kernel.as_dict().get("main_loop")
+            counted = [f"{loop[key]:.2f}" for key in list(loop)[1:]] if loop else []
+            code = kernel.code
+            table.add_row(
+                *(kernel.backend, kernel.name, kernel.dtype, kernel.case),
+                *map(str, (code.registers, code.shared, code.spills)),
+                *counted,
+            )
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="compiled.py", description="Read what the compilers make of the GPU kernels.")
+    parser.add_argument("--json", metavar="FILE", help="write the results here")
+    parser.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=list(ARCHS))
+    parser.add_argument("--backend", nargs="+", choices=("native", "triton"), default=["native", "triton"])
+    options = parser.parse_args(arguments)
+    if options.json is not None:
+        try:
+            check_writable(options.json)
+        except OSError as error:
+            parser.error(f"argument --json: {error}")
+    kernels: list[Kernel] = []
+    try:
+        for name in options.backend:
+            if "cuda" not in backends.DEVICES.get(name, ()):
+                print(f"compiled.py: this installation has no GPU kernels of {name}", file=sys.stderr)
+            else:
+                kernels += (native_kernels if name == "native" else triton_kernels)(options.arch)
+    except RuntimeError as error:
+        print(f"compiled.py: {error}", file=sys.stderr)
+        return 1
+    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
+    for arch in options.arch:
+        console.print(_table(kernels, arch))
+    bad = spilling(kernels)
+    for kernel in bad:
+        console.print(f"sm_{kernel.code.arch} {kernel.backend} {kernel.name} {kernel.dtype} {kernel.case} spills")
+    if options.json is not None:
+        save_json(options.json, {"kernels": [kernel.as_dict() for kernel in kernels]})
+    return 1 if bad or not kernels else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
