@@ -62,7 +62,7 @@ def test_two_blocks_fit_on_a_multiprocessor(kernels):
 
 
 def test_the_gate_moves_what_it_must(kernels):
-    """16 bytes at a time: forward x and y, backward x, gy and gx; more is factors, of which little comes per element."""
+    """16 bytes at a time: forward x and y, backward x, gy and gx; what is more is factors, out of a cache."""
     counted = 0
     for kernel in kernels:
         loop, size = kernel.get("main_loop"), DTYPES[kernel["dtype"]]
