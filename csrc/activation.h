@@ -148,7 +148,13 @@ SPARTA_INLINE Sigmoid<Real> sigmoid_scaled(Real t) {
 
 template <class Real>
 SPARTA_INLINE Real relu(Real x) {
-  return Bound<Real>::at_least(x, Real{});  // a NaN passes, as it does in torch
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<Real, float>) {
+    asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(x));
+    return x;
+  } else
+#endif
+    return Bound<Real>::at_least(x, Real{});  // a NaN passes, as it does in torch
 }
 
 // y = relu(x) * phi

@@ -201,25 +201,73 @@ constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements of the wi
 
 inline uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
-// What is read once and is in nobody's way in L1; zeros unless `wanted`. Nobody may write there while the kernel runs.
+// A vector that nobody writes while the kernel runs, and that is not read again.
 template <class T, int count>
-SPARTA_DEVICE Pack<T, count> read_once(const T* from, bool wanted) {
-  Pack<T, count> pack{};
+SPARTA_DEVICE Pack<T, count> read_once(const T* from) {
+  Pack<T, count> pack;
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof pack == 16) {
-    // Volatile: the loads stay where they are written, all of a batch before the first use.
-    asm volatile(
-        "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %5, 0;\n\t"
-        "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-        : "+r"(pack.words[0]), "+r"(pack.words[1]), "+r"(pack.words[2]), "+r"(pack.words[3])
-        : "l"(from), "r"(static_cast<uint32_t>(wanted)));
-  } else
+  if constexpr (sizeof pack == 16)
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(pack.words[0]), "=r"(pack.words[1]), "=r"(pack.words[2]), "=r"(pack.words[3])
+        : "l"(from));
+  else
 #endif
-  {
-    if (wanted) pack = *reinterpret_cast<const Pack<T, count>*>(from);
-  }
+    pack = *reinterpret_cast<const Pack<T, count>*>(from);
   return pack;
 }
+
+// Vectors on their way from memory to one thread, `places` of them at most. Those of 16 bytes wait in shared memory, where
+// they take no registers and no compiler can move the loads to where they are used; smaller ones in registers.
+template <class T, int count, int places>
+class Ring {
+ public:
+  using Vector = Pack<T, count>;
+  static constexpr bool shared = sizeof(Vector) == 16;
+  static constexpr int room = shared ? places * kThreads : 1;  // vectors of shared memory, for a block
+
+  SPARTA_DEVICE explicit Ring(Vector* memory) : memory_(memory + (shared ? threadIdx.x : 0)) {}
+
+  // Sends for a vector; nothing happens unless `wanted`. After every round of these comes a sent().
+  SPARTA_DEVICE void send_for(int place, const T* from, bool wanted) {
+    if constexpr (shared) {
+#if defined(__CUDA_ARCH__)
+      asm volatile(
+          "{\n\t.reg .pred wanted;\n\tsetp.ne.u32 wanted, %2, 0;\n\t"
+          "@wanted cp.async.cg.shared.global [%0], [%1], 16;\n\t}" ::"r"(
+              static_cast<uint32_t>(__cvta_generic_to_shared(memory_ + place * kThreads))),
+          "l"(from), "r"(static_cast<uint32_t>(wanted))
+          : "memory");
+#else
+      if (wanted) memory_[place * kThreads] = *reinterpret_cast<const Vector*>(from);
+#endif
+    } else {
+      if (wanted) registers_[place] = *reinterpret_cast<const Vector*>(from);
+    }
+  }
+  static SPARTA_DEVICE void sent() {
+#if defined(__CUDA_ARCH__)
+    if constexpr (shared) asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+  }
+  // Until only the newest `newest` rounds are still on their way.
+  template <int newest>
+  static SPARTA_DEVICE void wait() {
+#if defined(__CUDA_ARCH__)
+    if constexpr (shared) asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory");
+#endif
+  }
+  // What was sent for into that place, in a round that has been waited for.
+  SPARTA_DEVICE Vector take(int place) const {
+    if constexpr (shared)
+      return memory_[place * kThreads];
+    else
+      return registers_[place];
+  }
+
+ private:
+  Vector* memory_;
+  Vector registers_[shared ? 1 : places];
+};
 
 template <class T, int count>
 SPARTA_DEVICE void store(T* to, const Pack<T, count>& pack) {
@@ -253,18 +301,23 @@ SPARTA_DEVICE Pack<T, count> narrow_all(const Acc (&values)[count]) {
 
 // ---- sums ------------------------------------------------------------------------------------------------------------
 
-// The sum over all lanes whose numbers differ in the bits of [low, high) alone (powers of two), in each of them.
-template <class Acc>
-SPARTA_DEVICE Acc sum_lanes(Acc value, int low, int high) {
-  for (int bit = high / 2; bit >= low; bit /= 2) value += __shfl_xor_sync(kAllLanes, value, bit);
-  return value;
+// Sums over the lanes of a warp whose numbers differ in the bits from `low` to below `high` alone (powers of two), in each
+// of them.
+template <int count, class Acc>
+SPARTA_DEVICE void sum_lanes(Acc (&values)[count], int low, int high) {
+#pragma unroll 1
+  for (int bit = low; bit < high; bit *= 2) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) values[i] += __shfl_xor_sync(kAllLanes, values[i], bit);
+  }
 }
 
 // The sum over a block of whole warps, in its first thread. `memory` has room for a number a warp.
 template <class Acc>
 SPARTA_DEVICE Acc sum_block(Acc value, Acc* memory) {
-  value = sum_lanes(value, 1, kWarp);
-  if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = value;
+  Acc sum[] = {value};
+  sum_lanes(sum, 1, kWarp);
+  if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = sum[0];
   __syncthreads();
   Acc total = 0;
   if (threadIdx.x == 0)

@@ -13,98 +13,101 @@ namespace cuda {
 
 constexpr int kMaxRows = 1024;  // of a block: their factors lie in shared memory
 
-// How the matrices are cut into blocks of threads. A block has `lanes` threads side by side along a row, a power of two,
-// and as many rows of threads one above the other as its threads make up.
-struct Tiles {
-  int64_t rows, cols;  // of a sample
-  int threads, lanes;
-  int block_rows, block_cols;    // that a block works on, at most
-  int64_t row_blocks, col_blocks;  // in a sample, at least one
+// Rows that a thread has in flight.
+template <class T, int vector>
+constexpr int kRing = vector == 1 ? 8 : sizeof(T) == 8 ? 2 : 4;
 
-  SPARTA_INLINE int64_t blocks() const { return row_blocks * col_blocks; }
+// How a sample's matrix is cut into blocks of threads. A block has `lanes` threads side by side along a row, a power of
+// two, and `row_step()` such rows of threads one above the other.
+struct Tiles {
+  int rows, cols;  // of a sample
+  int width, share, cells_wide, cells;
+  bool planar;
+  int threads, lanes;
+  int block_rows, block_cols;  // that a block works on, at most
+  int row_blocks, col_blocks;  // in a sample, at least one
+
   SPARTA_INLINE int row_step() const { return threads / lanes; }
+  SPARTA_INLINE int64_t blocks() const { return int64_t{row_blocks} * col_blocks; }
 
   // Columns in blocks of `lanes` vectors; all rows in one block.
-  Tiles(const GateShape& s, int vector)
-      : rows(s.planar ? s.channels : s.pixels()), cols(s.planar ? s.pixels() : s.channels), row_blocks(1) {
-    const int64_t vectors = ceil_div(cols, vector);
-    col_blocks = max(1, ceil_div(vectors, kThreads));
-    const int64_t block_vectors = max(1, ceil_div(vectors, col_blocks));
-    col_blocks = max(1, ceil_div(vectors, block_vectors));
+  Tiles(const char* operation, const GateShape& s, int vector) : planar(s.planar) {
+    if (max(s.channels, s.pixels()) > 0x7fffffff)
+      throw std::runtime_error(std::string(operation) + ": an image must have less than 2^31 pixels and channels, got " +
+                               std::to_string(s.height) + " x " + std::to_string(s.width) + " and " +
+                               std::to_string(s.channels));
+    rows = static_cast<int>(s.planar ? s.channels : s.pixels());
+    cols = static_cast<int>(s.planar ? s.pixels() : s.channels);
+    width = static_cast<int>(s.width);
+    share = static_cast<int>(s.share);
+    cells_wide = static_cast<int>(s.cells_wide());
+    cells = static_cast<int>(s.cells());
+    const int64_t vectors = max(1, ceil_div(cols, vector)), block_vectors = ceil_div(vectors, ceil_div(vectors, kThreads));
+    col_blocks = static_cast<int>(ceil_div(vectors, block_vectors));
     block_cols = static_cast<int>(block_vectors * vector);
     for (lanes = 1; lanes < block_vectors;) lanes *= 2;
-    threads = kThreads;
-    while (threads > kWarp && threads / 2 >= lanes * max(1, rows)) threads /= 2;
+    for (threads = kThreads; threads > kWarp && threads / 2 >= lanes * max(1, rows);) threads /= 2;
     cut_rows(rows);
   }
   // Rows in blocks of at most `most`.
   void cut_rows(int64_t most) {
-    most = max(1, min(most, kMaxRows));
-    row_blocks = max(1, ceil_div(rows, most));
-    block_rows = static_cast<int>(ceil_div(rows, row_blocks));
-    row_blocks = max(1, ceil_div(rows, max(1, block_rows)));
+    const int64_t blocks = max(1, ceil_div(rows, max(1, min(most, kMaxRows))));
+    block_rows = static_cast<int>(max(1, ceil_div(rows, blocks)));
+    row_blocks = static_cast<int>(max(1, ceil_div(rows, block_rows)));
   }
 };
 
 // One block's place in the batch.
 struct Tile {
-  int64_t sample, row_block, col_block;
-  int64_t first_row, first_col;
+  int64_t sample;
+  int row_block, col_block;
+  int first_row, first_col;
   int rows, cols;
 
   SPARTA_DEVICE explicit Tile(const Tiles& tiles) {
-    const unsigned row_blocks = static_cast<unsigned>(tiles.row_blocks);
-    const unsigned col_blocks = static_cast<unsigned>(tiles.col_blocks);
-    const unsigned row_of_blocks = blockIdx.x / col_blocks;
-    col_block = blockIdx.x % col_blocks;
-    sample = row_of_blocks / row_blocks;
-    row_block = row_of_blocks % row_blocks;
+    const unsigned row_of_blocks = blockIdx.x / static_cast<unsigned>(tiles.col_blocks);
+    col_block = static_cast<int>(blockIdx.x % static_cast<unsigned>(tiles.col_blocks));
+    sample = row_of_blocks / static_cast<unsigned>(tiles.row_blocks);
+    row_block = static_cast<int>(row_of_blocks % static_cast<unsigned>(tiles.row_blocks));
     first_row = row_block * tiles.block_rows;
     first_col = col_block * tiles.block_cols;
-    rows = static_cast<int>(min(tiles.block_rows, tiles.rows - first_row));
-    cols = static_cast<int>(min(tiles.block_cols, tiles.cols - first_col));
+    rows = tiles.rows - first_row < tiles.block_rows ? tiles.rows - first_row : tiles.block_rows;
+    cols = tiles.cols - first_col < tiles.block_cols ? tiles.cols - first_col : tiles.block_cols;
   }
 
+  // Where a thread's first vector lies: `row` and `col` count from the block's first.
   template <class T>
-  SPARTA_DEVICE T* start(const Matrices& m) const {
-    return static_cast<T*>(m.data) + sample * m.sample_stride + first_row * m.row_stride + first_col;
+  SPARTA_DEVICE T* at(const Matrices& m, int row, int col) const {
+    return static_cast<T*>(m.data) + sample * m.sample_stride + int64_t{first_row + row} * m.row_stride + first_col + col;
   }
 };
 
-// Calls take(i, value) for values first ... first + count - 1 of one sample's channel factors, spread over the block.
-template <class Acc, class Take>
-SPARTA_DEVICE void channel_factors(const GateShape& s, const Dense& channel, int64_t sample, int64_t first, int count,
-                                   Take take) {
-  with_type(channel.dtype, [&](auto type) {
-    const auto* from = static_cast<const decltype(type)*>(channel.data) + sample * s.channels + first;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) take(i, static_cast<Acc>(widen(from[i])));
-  });
-}
-
-// The same for pixels: each has the value of its cell.
-template <class Acc, class Take>
-SPARTA_DEVICE void spatial_factors(const GateShape& s, const Dense& spatial, int64_t sample, int64_t first, int count,
-                                   Take take) {
-  with_type(spatial.dtype, [&](auto type) {
-    const auto* from = static_cast<const decltype(type)*>(spatial.data) + sample * s.cells();
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      int64_t cell = first + i;
-      if (s.share > 1) cell = cell / s.width / s.share * s.cells_wide() + cell % s.width / s.share;
-      take(i, static_cast<Acc>(widen(from[cell])));
-    }
-  });
-}
-
-// Calls take_row and take_col for the factors of a block's rows and columns: the channels' and the cells', as they are.
-template <class Acc, class TakeRow, class TakeCol>
-SPARTA_DEVICE void block_factors(const GateShape& s, const Dense& spatial, const Dense& channel, const Tile& tile,
-                                 TakeRow take_row, TakeCol take_col) {
-  if (s.planar) {
-    channel_factors<Acc>(s, channel, tile.sample, tile.first_row, tile.rows, take_row);
-    spatial_factors<Acc>(s, spatial, tile.sample, tile.first_col, tile.cols, take_col);
-  } else {
-    spatial_factors<Acc>(s, spatial, tile.sample, tile.first_row, tile.rows, take_row);
-    channel_factors<Acc>(s, channel, tile.sample, tile.first_col, tile.cols, take_col);
+// The factors of a block's rows and columns as they are (a pixel has the value of its cell), fetched by the whole block,
+// which then has to wait for all its threads.
+template <class Acc>
+SPARTA_DEVICE void fetch_factors(const Tiles& tiles, const Tile& tile, const Dense& spatial, const Dense& channel,
+                                 Acc* row_factor, Acc* col_factor) {
+#pragma unroll 1
+  for (int turn = 0; turn < 2; ++turn) {  // a loop, not a function called twice: it is long
+    const bool rows = turn == 0, pixels = rows != tiles.planar;
+    const int first = rows ? tile.first_row : tile.first_col, count = rows ? tile.rows : tile.cols;
+    Acc* to = rows ? row_factor : col_factor;
+    const void* data = pixels ? spatial.data : channel.data;
+    const int64_t start = tile.sample * (pixels ? tiles.cells : rows ? tiles.rows : tiles.cols);
+    with_type(pixels ? spatial.dtype : channel.dtype, [&](auto type) {
+      const auto* from = static_cast<const decltype(type)*>(data) + start;
+      if (!pixels || tiles.share == 1) {
+        from += first;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = static_cast<Acc>(widen(from[i]));
+      } else {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < count; i += blockDim.x) {
+          const unsigned pixel = first + i, h = pixel / tiles.width, w = pixel % tiles.width;
+          to[i] = static_cast<Acc>(widen(from[h / tiles.share * tiles.cells_wide + w / tiles.share]));
+        }
+      }
+    });
   }
 }
 

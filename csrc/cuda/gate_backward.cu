@@ -11,9 +11,6 @@ namespace sparta {
 namespace cuda {
 namespace {
 
-template <int vector>
-constexpr int kBatch = vector == 1 ? 8 : 4;  // rows that a thread has in flight
-
 // Every block's sums, in scratch: (samples, row_blocks, cols) of columns and (samples, col_blocks, rows) of rows.
 template <class Acc>
 struct Partials {
@@ -29,41 +26,65 @@ struct Partials {
 //   channel_sum(c) = sum over pixels of gz * spatial        gchannel = kernel * channel_sum
 // and gkernel = sum over c of channel * channel_sum.
 
-template <class Acc, class PixelSum>
-SPARTA_DEVICE void finish_cells(const GateBackward& args, int64_t sample, int64_t first, int64_t last,
-                                PixelSum pixel_sum) {
-  if (args.grad_spatial.data == nullptr) return;
-  const GateShape& s = args.shape;
-  const int64_t cells = s.cells();
-  const Acc kernel = kernel_of<Acc>(args.kernel, sample);
-  if (s.share == 1) {
-    for (int64_t cell = first + threadIdx.x; cell < last; cell += blockDim.x)
-      write(args.grad_spatial, sample * cells + cell, kernel * pixel_sum(cell));
-    return;
-  }
-  // A warp sums a large cell, a thread a small one.
-  const int team = s.share > 4 ? kWarp : 1;
-  for (int64_t cell = first + threadIdx.x / team; cell < last; cell += blockDim.x / team) {
-    const int64_t h = cell / s.cells_wide() * s.share, w = cell % s.cells_wide() * s.share;
-    const int64_t width = min(s.share, s.width - w), pixels = min(s.share, s.height - h) * width;
+// Sums of the rows or the columns of a block or a sample, each in `count` parts.
+template <class Acc>
+struct Sums {
+  const Acc* parts;
+  int stride, count;
+  int64_t part_stride;
+
+  SPARTA_DEVICE Acc of(int i) const {
     Acc sum = 0;
-    for (int64_t i = threadIdx.x % team; i < pixels; i += team) sum += pixel_sum((h + i / width) * s.width + w + i % width);
-    if (team == kWarp) sum = sum_lanes(sum, 1, kWarp);
-    if (threadIdx.x % team == 0) write(args.grad_spatial, sample * cells + cell, kernel * sum);
+#pragma unroll 4
+    for (int k = 0; k < count; ++k) sum += parts[int64_t{i} * stride + k * part_stride];
+    return sum;
+  }
+};
+
+// Field by field: a choice between whole structures would go through memory.
+template <class Acc>
+SPARTA_DEVICE Sums<Acc> choose(bool first, const Sums<Acc>& a, const Sums<Acc>& b) {
+  return {first ? a.parts : b.parts, first ? a.stride : b.stride, first ? a.count : b.count,
+          first ? a.part_stride : b.part_stride};
+}
+
+template <class Acc>
+SPARTA_DEVICE void finish_cells(const GateBackward& args, const Tiles& tiles, int64_t sample, int first, int last,
+                                const Sums<Acc>& of_pixels) {
+  if (args.grad_spatial.data == nullptr) return;
+  const Acc kernel = kernel_of<Acc>(args.kernel, sample);
+  const int team = tiles.share > 4 ? kWarp : 1;  // a warp sums a large cell, a thread a small one
+#pragma unroll 1
+  for (int cell = first + threadIdx.x / team; cell < last; cell += blockDim.x / team) {
+    Acc sum[1] = {0};
+    if (tiles.share == 1) {
+      sum[0] = of_pixels.of(cell);
+    } else {
+      const int h = cell / tiles.cells_wide * tiles.share, w = cell % tiles.cells_wide * tiles.share;
+      const int end_h = static_cast<int>(min(int64_t{h} + tiles.share, args.shape.height));
+      const int end_w = static_cast<int>(min(int64_t{w} + tiles.share, args.shape.width));
+#pragma unroll 1
+      for (int i = h; i < end_h; ++i)
+#pragma unroll 1
+        for (int j = w + threadIdx.x % team; j < end_w; j += team) sum[0] += of_pixels.of(i * tiles.width + j);
+      sum_lanes(sum, 1, team);
+    }
+    if (threadIdx.x % team == 0) write(args.grad_spatial, sample * tiles.cells + cell, kernel * sum[0]);
   }
 }
 
-// By a whole block.
-template <class Acc, class ChannelSum>
-SPARTA_DEVICE void finish_channels(const GateBackward& args, int64_t sample, ChannelSum channel_sum) {
-  __shared__ Acc memory[kThreads / kWarp];
-  const int64_t channels = args.shape.channels;
+// By a whole block; `memory` is shared, and has room for a number a warp.
+template <class Acc>
+SPARTA_DEVICE void finish_channels(const GateBackward& args, int64_t sample, const Sums<Acc>& of_channels, Acc* memory) {
+  const int channels = static_cast<int>(args.shape.channels);
   const Acc kernel = kernel_of<Acc>(args.kernel, sample);
   Acc grad_kernel = 0;
-  for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
-    const Acc sum = channel_sum(c);
-    if (args.grad_channel.data != nullptr) write(args.grad_channel, sample * channels + c, kernel * sum);
-    if (args.grad_kernel.data != nullptr) grad_kernel += read<Acc>(args.channel, sample * channels + c) * sum;
+#pragma unroll 1
+  for (int c = threadIdx.x; c < channels; c += blockDim.x) {
+    const Acc sum = of_channels.of(c);
+    const int64_t at = sample * channels + c;
+    if (args.grad_channel.data != nullptr) write(args.grad_channel, at, kernel * sum);
+    if (args.grad_kernel.data != nullptr) grad_kernel += read<Acc>(args.channel, at) * sum;
   }
   if (args.grad_kernel.data == nullptr) return;
   grad_kernel = sum_block(grad_kernel, memory);
@@ -72,126 +93,111 @@ SPARTA_DEVICE void finish_channels(const GateBackward& args, int64_t sample, Cha
 
 // ---- the first kernel ------------------------------------------------------------------------------------------------
 
-template <class Acc>
-struct RowFactor {
-  Acc plain, scaled;  // as it is; times the kernel and the logit's scale
+struct Steps {
+  int64_t x, gy, gx;  // from one of a thread's rows to the next, in elements
 };
 
 template <class T, int vector>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
-    backward_kernel(GateBackward args, Tiles tiles, Partials<typename Accumulator<T>::type> partials) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+    backward_kernel(GateBackward args, Tiles tiles, Steps steps, Partials<typename Accumulator<T>::type> partials) {
   using Acc = typename Accumulator<T>::type;
-  constexpr int batch = kBatch<vector>;
-  __shared__ RowFactor<Acc> row_factor[kMaxRows];
-  __shared__ Acc row_slots[kMaxRows];  // a row's sum from every warp that works on it
+  constexpr int ring = kRing<T, vector>;
+  using Rows = Ring<T, vector, ring>;
+  __shared__ typename Rows::Vector x_memory[Rows::room];
+  __shared__ typename Rows::Vector gy_memory[Rows::room];
   __shared__ alignas(16) Acc col_slots[kThreads * vector];  // the columns' factors; later sums, a line for every warp's rows
+  __shared__ Acc row_factor[kMaxRows];
+  __shared__ Acc row_slots[kMaxRows];  // a row's sum from every warp that works on it
 
   const Tile tile(tiles);
   const int lanes = tiles.lanes, step = tiles.row_step();
   const int lane = threadIdx.x % lanes, col = lane * vector;
-  const bool inside = col < tile.cols;
+  const int rows = col < tile.cols ? tile.rows : 0;  // of this thread's columns
   int row = threadIdx.x / lanes;
-  const int64_t x_step = step * args.x.row_stride, gy_step = step * args.gy.row_stride;
-  const int64_t gx_step = step * args.gx.row_stride;
-  const T* x = tile.template start<const T>(args.x) + row * args.x.row_stride + col;
-  const T* gy = tile.template start<const T>(args.gy) + row * args.gy.row_stride + col;
-  T* gx = tile.template start<T>(args.gx) + row * args.gx.row_stride + col;
-  const bool want_input = args.gx.data != nullptr;
+  const T* x = tile.template at<const T>(args.x, row, col);
+  const T* gy = tile.template at<const T>(args.gy, row, col);
+  T* gx = tile.template at<T>(args.gx, row, col);
 
-  Pack<T, vector> x_packs[batch], gy_packs[batch];
-  const auto read_batch = [&] {
-#pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      const bool wanted = inside && row + i * step < tile.rows;
-      x_packs[i] = read_once<T, vector>(x + i * x_step, wanted);
-      gy_packs[i] = read_once<T, vector>(gy + i * gy_step, wanted);
-    }
+  // As soon as a row is used, the one `ring` rows further on is sent for.
+  Rows x_ring(x_memory), gy_ring(gy_memory);
+  const auto send_for = [&](int place, int which) {
+    x_ring.send_for(place, x, which < rows);
+    gy_ring.send_for(place, gy, which < rows);
+    Rows::sent();
+    x += steps.x;
+    gy += steps.gy;
   };
-  read_batch();  // on its way while the factors are fetched
+#pragma unroll
+  for (int i = 0; i < ring; ++i) send_for(i, row + i * step);
 
   const Acc scale = static_cast<Acc>(kLogitScale) * kernel_of<Acc>(args.kernel, tile.sample);
-  block_factors<Acc>(
-      args.shape, args.spatial, args.channel, tile,
-      [&](int i, Acc value) {
-        row_factor[i] = {value, value * scale};
-      },
-      [&](int i, Acc value) { col_slots[i] = value; });
+  fetch_factors(tiles, tile, args.spatial, args.channel, row_factor, col_slots);
   __syncthreads();
   Acc col_factor[vector], col_sum[vector];
 #pragma unroll
   for (int j = 0; j < vector; ++j) {
-    col_factor[j] = inside ? col_slots[col + j] : Acc{0};
+    col_factor[j] = col_slots[col + j];  // whatever it is beyond the last column
     col_sum[j] = 0;
   }
   __syncthreads();  // before sums are written over the factors
 
   // A row is summed by `near` lanes of a warp, and by `across` warps.
   const int near = lanes < kWarp ? lanes : kWarp, across = lanes / near;
-  const int warp_across = lane / near;
-  const bool first_lane = lane % near == 0;
-  const int batches = (tile.rows + batch * step - 1) / (batch * step);
-  for (int b = 0; b < batches; ++b) {
-    if (b > 0) read_batch();
-    Acc row_sum[batch];
+  const int slot = lane % near == 0 ? lane / near : -1;
+#pragma unroll 1
+  for (int first = 0; first < tile.rows; first += ring * step) {
+    Acc row_sum[ring];
 #pragma unroll
-    for (int i = 0; i < batch; ++i) {
+    for (int i = 0; i < ring; ++i, gx += steps.gx) {
+      Rows::template wait<ring - 1>();
       row_sum[i] = 0;
-      if (!inside || row + i * step >= tile.rows) continue;
-      const RowFactor<Acc> factor = row_factor[row + i * step];
-      Acc x_values[vector], gy_values[vector], gx_values[vector];
-      widen_all(x_packs[i], x_values);
-      widen_all(gy_packs[i], gy_values);
+      if (row + i * step < rows) {
+        const Acc factor = row_factor[row + i * step], scaled = factor * scale;
+        Acc x_values[vector], gy_values[vector], gx_values[vector];
+        widen_all(x_ring.take(i), x_values);
+        widen_all(gy_ring.take(i), gy_values);
 #pragma unroll
-      for (int j = 0; j < vector; ++j) {
-        const Sigmoid<Acc> phi = sigmoid_scaled<kSignificantBits<T>>(factor.scaled * col_factor[j]);
-        gx_values[j] = gate_grad_input(x_values[j], gy_values[j], phi.value);
-        const Acc gz = gate_grad_logit(x_values[j], gy_values[j], phi);
-        row_sum[i] += gz * col_factor[j];
-        col_sum[j] += gz * factor.plain;
+        for (int j = 0; j < vector; ++j) {
+          const Sigmoid<Acc> phi = sigmoid_scaled<kSignificantBits<T>>(scaled * col_factor[j]);
+          gx_values[j] = gate_grad_input(x_values[j], gy_values[j], phi.value);
+          const Acc gz = gate_grad_logit(x_values[j], gy_values[j], phi);
+          row_sum[i] += gz * col_factor[j];
+          col_sum[j] += gz * factor;
+        }
+        if (args.gx.data != nullptr) store(gx, narrow_all<T>(gx_values));
       }
-      if (want_input) store(gx + i * gx_step, narrow_all<T>(gx_values));
+      send_for(i, row + (ring + i) * step);
     }
+    sum_lanes(row_sum, 1, near);
+    if (slot >= 0) {
 #pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      row_sum[i] = sum_lanes(row_sum[i], 1, near);
-      if (first_lane && row + i * step < tile.rows) row_slots[(row + i * step) * across + warp_across] = row_sum[i];
+      for (int i = 0; i < ring; ++i)
+        if (row + i * step < tile.rows) row_slots[(row + i * step) * across + slot] = row_sum[i];
     }
-    row += batch * step;
-    x += batch * x_step;
-    gy += batch * gy_step;
-    gx += batch * gx_step;
+    row += ring * step;
   }
 
-  // Columns: over the rows of a warp here, over warps where the sum is used.
-  const int lines = max(1, step / (kWarp / near)), line = threadIdx.x / (lanes > kWarp ? lanes : kWarp);
+  // Columns: over the rows of a warp here, over the block's warps where the sum is used.
+  sum_lanes(col_sum, near, kWarp);
+  if (threadIdx.x % kWarp < near && col < tile.cols) {
+    const int line = threadIdx.x / (near * across > kWarp ? lanes : kWarp);
 #pragma unroll
-  for (int j = 0; j < vector; ++j) {
-    col_sum[j] = sum_lanes(col_sum[j], near, kWarp);
-    if (threadIdx.x % kWarp < near && inside) col_slots[line * tiles.block_cols + col + j] = col_sum[j];
+    for (int j = 0; j < vector; ++j) col_slots[line * tiles.block_cols + col + j] = col_sum[j];
   }
   __syncthreads();
 
-  const auto sum_of_row = [&](int64_t r) {
-    Acc sum = row_slots[r * across];
-    for (int i = 1; i < across; ++i) sum += row_slots[r * across + i];
-    return sum;
-  };
-  const auto sum_of_col = [&](int64_t c) {
-    Acc sum = col_slots[c];
-    for (int i = 1; i < lines; ++i) sum += col_slots[i * tiles.block_cols + c];
-    return sum;
-  };
+  const Sums<Acc> of_rows{row_slots, across, across, 1};
+  const Sums<Acc> of_cols{col_slots, 1, static_cast<int>(blockDim.x) / (lanes > kWarp ? lanes : kWarp), tiles.block_cols};
   if (tiles.blocks() > 1) {
     Acc* cols = partials.cols + (tile.sample * tiles.row_blocks + tile.row_block) * tiles.cols + tile.first_col;
     Acc* rows = partials.rows + (tile.sample * tiles.col_blocks + tile.col_block) * tiles.rows + tile.first_row;
-    for (int c = threadIdx.x; c < tile.cols; c += blockDim.x) cols[c] = sum_of_col(c);
-    for (int r = threadIdx.x; r < tile.rows; r += blockDim.x) rows[r] = sum_of_row(r);
-  } else if (args.shape.planar) {
-    finish_cells<Acc>(args, tile.sample, 0, args.shape.cells(), sum_of_col);
-    finish_channels<Acc>(args, tile.sample, sum_of_row);
+#pragma unroll 1
+    for (int c = threadIdx.x; c < tile.cols; c += blockDim.x) cols[c] = of_cols.of(c);
+#pragma unroll 1
+    for (int r = threadIdx.x; r < tile.rows; r += blockDim.x) rows[r] = of_rows.of(r);
   } else {
-    finish_cells<Acc>(args, tile.sample, 0, args.shape.cells(), sum_of_row);
-    finish_channels<Acc>(args, tile.sample, sum_of_col);
+    finish_cells(args, tiles, tile.sample, 0, tiles.cells, choose(tiles.planar, of_cols, of_rows));
+    finish_channels(args, tile.sample, choose(tiles.planar, of_rows, of_cols), row_factor);
   }
 }
 
@@ -199,25 +205,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
 
 // A sample's first block finishes the channels, the others `block_cells` cells each.
 template <class Acc>
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(GateBackward args, Tiles tiles, Partials<Acc> partials, int64_t cell_blocks, int64_t block_cells) {
-  const int64_t sample = blockIdx.x / (1 + cell_blocks), block = blockIdx.x % (1 + cell_blocks) - 1;
-  const Acc* cols = partials.cols + sample * tiles.row_blocks * tiles.cols;
-  const Acc* rows = partials.rows + sample * tiles.col_blocks * tiles.rows;
-  const auto added = [](const Acc* from, int64_t count, int64_t stride) {
-    Acc sum = 0;
-#pragma unroll 8
-    for (int64_t i = 0; i < count; ++i) sum += from[i * stride];
-    return sum;
-  };
-  const auto sum_of_col = [&](int64_t c) { return added(cols + c, tiles.row_blocks, tiles.cols); };
-  const auto sum_of_row = [&](int64_t r) { return added(rows + r, tiles.col_blocks, tiles.rows); };
-  const bool planar = args.shape.planar;
-  if (block < 0) {
-    finish_channels<Acc>(args, sample, [&](int64_t c) { return planar ? sum_of_row(c) : sum_of_col(c); });
+__global__ void __launch_bounds__(kThreads, 4)
+    finish_kernel(GateBackward args, Tiles tiles, Partials<Acc> partials, unsigned blocks, int block_cells) {
+  __shared__ Acc memory[kThreads / kWarp];
+  const int64_t sample = blockIdx.x / blocks;
+  const int block = static_cast<int>(blockIdx.x % blocks);
+  const Sums<Acc> of_cols{partials.cols + sample * tiles.row_blocks * tiles.cols, 1, tiles.row_blocks, tiles.cols};
+  const Sums<Acc> of_rows{partials.rows + sample * tiles.col_blocks * tiles.rows, 1, tiles.col_blocks, tiles.rows};
+  if (block == 0) {
+    finish_channels(args, sample, choose(tiles.planar, of_rows, of_cols), memory);
   } else {
-    const int64_t first = block * block_cells, last = min(first + block_cells, args.shape.cells());
-    finish_cells<Acc>(args, sample, first, last, [&](int64_t p) { return planar ? sum_of_col(p) : sum_of_row(p); });
+    const int first = (block - 1) * block_cells;
+    const int last = tiles.cells - first < block_cells ? tiles.cells : first + block_cells;
+    finish_cells(args, tiles, sample, first, last, choose(tiles.planar, of_cols, of_rows));
   }
 }
 
@@ -226,8 +226,8 @@ __global__ void __launch_bounds__(kThreads)
 // A sample in one block, unless it is large, or there are too few samples to fill a large GPU.
 Tiles backward_tiles(const GateShape& s, int vector, int batch) {
   constexpr int64_t most_elements = 1 << 17, enough_blocks = 255;
-  Tiles tiles(s, vector);
-  const int64_t across = max(1, tiles.lanes / kWarp), batch_rows = batch * tiles.row_step();
+  Tiles tiles("gate_backward", s, vector);
+  const int64_t across = max(1, tiles.lanes / kWarp), batch_rows = int64_t{batch} * tiles.row_step();
   const int64_t most_rows = min(kMaxRows / across, max(batch_rows, most_elements / tiles.block_cols));
   const int64_t wanted_blocks = max(1, enough_blocks / max(1, s.samples * tiles.col_blocks));
   tiles.cut_rows(min(most_rows, max(batch_rows, ceil_div(tiles.rows, wanted_blocks))));
@@ -238,14 +238,16 @@ template <class T, int vector>
 void backward(const GateBackward& args) {
   using Acc = typename Accumulator<T>::type;
   const GateShape& s = args.shape;
-  const Tiles tiles = backward_tiles(s, vector, kBatch<vector>);
+  const Tiles tiles = backward_tiles(s, vector, kRing<T, vector>);
+  const int64_t step = tiles.row_step();
   const Partials<Acc> partials(args.scratch, tiles, s.samples);
   launch("gate_backward", args.place, s.samples * tiles.blocks(), tiles.threads, backward_kernel<T, vector>, args, tiles,
-         partials);
+         Steps{step * args.x.row_stride, step * args.gy.row_stride, step * args.gx.row_stride}, partials);
   if (tiles.blocks() == 1) return;
-  const int64_t block_cells = s.share > 4 ? kThreads / kWarp : kThreads, cell_blocks = ceil_div(s.cells(), block_cells);
-  launch("gate_backward", args.place, s.samples * (1 + cell_blocks), kThreads, finish_kernel<Acc>, args, tiles, partials,
-         cell_blocks, block_cells);
+  const int block_cells = s.share > 4 ? kThreads / kWarp : kThreads;
+  const int64_t blocks = 1 + ceil_div(tiles.cells, block_cells);
+  launch("gate_backward", args.place, s.samples * blocks, kThreads, finish_kernel<Acc>, args, tiles, partials,
+         static_cast<unsigned>(blocks), block_cells);
 }
 
 }  // namespace
@@ -266,7 +268,7 @@ int64_t gate_backward_scratch(const GateShape& s, DType dtype, const Place&) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     for (const int vector : {1, kVector<T>}) {
-      const Tiles tiles = backward_tiles(s, vector, vector == 1 ? kBatch<1> : kBatch<kVector<T>>);
+      const Tiles tiles = backward_tiles(s, vector, vector == 1 ? kRing<T, 1> : kRing<T, kVector<T>>);
       if (tiles.blocks() == 1) continue;
       const int64_t sums = s.samples * (tiles.row_blocks * tiles.cols + tiles.col_blocks * tiles.rows);
       bytes = max(bytes, sums * static_cast<int64_t>(sizeof(typename Accumulator<T>::type)));

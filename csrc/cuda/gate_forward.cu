@@ -5,72 +5,71 @@ namespace sparta {
 namespace cuda {
 namespace {
 
-template <int vector>
-constexpr int kBatch = vector == 1 ? 8 : 4;  // rows that a thread has in flight
+struct Steps {
+  int64_t x, y;  // from one of a thread's rows to the next, in elements
+};
 
 template <class T, int vector>
-__global__ void __launch_bounds__(kThreads) forward_kernel(GateForward args, Tiles tiles) {
+__global__ void __launch_bounds__(kThreads, 4) forward_kernel(GateForward args, Tiles tiles, Steps steps) {
   using Acc = typename Accumulator<T>::type;
-  constexpr int batch = kBatch<vector>;
-  __shared__ Acc row_factor[kMaxRows];
+  constexpr int ring = kRing<T, vector>;
+  using Rows = Ring<T, vector, ring>;
+  __shared__ typename Rows::Vector x_memory[Rows::room];
   __shared__ alignas(16) Acc col_factor[kThreads * vector];
+  __shared__ Acc row_factor[kMaxRows];
 
   const Tile tile(tiles);
   const int lane = threadIdx.x % tiles.lanes, step = tiles.row_step();
   const int col = lane * vector;
-  const bool inside = col < tile.cols;
+  const int rows = col < tile.cols ? tile.rows : 0;  // of this thread's columns
   int row = threadIdx.x / tiles.lanes;
-  const T* x = tile.template start<const T>(args.x) + row * args.x.row_stride + col;
-  T* y = tile.template start<T>(args.y) + row * args.y.row_stride + col;
+  const T* x = tile.template at<const T>(args.x, row, col);
+  T* y = tile.template at<T>(args.y, row, col);
 
-  Pack<T, vector> packs[batch];
-  const auto read_batch = [&] {
-#pragma unroll
-    for (int i = 0; i < batch; ++i)
-      packs[i] = read_once<T, vector>(x + i * step * args.x.row_stride, inside && row + i * step < tile.rows);
+  // As soon as a row is used, the one `ring` rows further on is sent for.
+  Rows x_ring(x_memory);
+  const auto send_for = [&](int place, int which) {
+    x_ring.send_for(place, x, which < rows);
+    x_ring.sent();
+    x += steps.x;
   };
-  read_batch();  // on its way while the factors are fetched
+#pragma unroll
+  for (int i = 0; i < ring; ++i) send_for(i, row + i * step);
 
   const Acc scale = static_cast<Acc>(kLogitScale) * kernel_of<Acc>(args.kernel, tile.sample);
-  block_factors<Acc>(
-      args.shape, args.spatial, args.channel, tile, [&](int i, Acc value) { row_factor[i] = value * scale; },
-      [&](int i, Acc value) { col_factor[i] = value; });
+  fetch_factors(tiles, tile, args.spatial, args.channel, row_factor, col_factor);
   __syncthreads();
-  if (!inside) return;
   Acc cols[vector];
 #pragma unroll
   for (int j = 0; j < vector; ++j) cols[j] = col_factor[col + j];
 
   while (true) {
 #pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      if (row + i * step >= tile.rows) break;
-      const Acc factor = row_factor[row + i * step];
+    for (int i = 0; i < ring; ++i, row += step, y += steps.y) {
+      if (row >= rows) return;
+      x_ring.template wait<ring - 1>();
+      const Acc factor = row_factor[row] * scale;
       Acc values[vector];
-      widen_all(packs[i], values);
+      widen_all(x_ring.take(i), values);
 #pragma unroll
       for (int j = 0; j < vector; ++j)
         values[j] = gate(values[j], sigmoid_scaled<kSignificantBits<T>>(factor * cols[j]).value);
-      store(y + i * step * args.y.row_stride, narrow_all<T>(values));
+      store(y, narrow_all<T>(values));
+      send_for(i, row + ring * step);
     }
-    row += batch * step;
-    if (row >= tile.rows) return;
-    x += batch * step * args.x.row_stride;
-    y += batch * step * args.y.row_stride;
-    read_batch();
   }
 }
 
 template <class T, int vector>
 void forward(const GateForward& args) {
-  Tiles tiles(args.shape, vector);
+  Tiles tiles("gate_forward", args.shape, vector);
   if (tiles.rows == 0 || tiles.cols == 0) return;
   // Two batches a thread: enough that fetching factors does not show. One where that leaves multiprocessors idle.
-  const int64_t batch_rows = kBatch<vector> * tiles.row_step();
+  const int64_t batch_rows = int64_t{kRing<T, vector>} * tiles.row_step();
   tiles.cut_rows(2 * batch_rows);
   if (args.shape.samples * tiles.blocks() < 1024) tiles.cut_rows(batch_rows);
   launch("gate_forward", args.place, args.shape.samples * tiles.blocks(), tiles.threads, forward_kernel<T, vector>, args,
-         tiles);
+         tiles, Steps{tiles.row_step() * args.x.row_stride, tiles.row_step() * args.y.row_stride});
 }
 
 }  // namespace

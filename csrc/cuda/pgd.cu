@@ -17,7 +17,7 @@ template <class T, int count, class Acc>
 SPARTA_DEVICE void step_pack(T* adv, const T* grad, const T* clean, const Bounds<Acc>& bounds) {
   // adv is written here, so it is not for read_once.
   const Pack<T, count> adv_pack = *reinterpret_cast<const Pack<T, count>*>(adv);
-  const Pack<T, count> grad_pack = read_once<T, count>(grad, true), clean_pack = read_once<T, count>(clean, true);
+  const Pack<T, count> grad_pack = read_once<T, count>(grad), clean_pack = read_once<T, count>(clean);
   Acc a[count], g[count], c[count];
   widen_all(adv_pack, a);
   widen_all(grad_pack, g);
