@@ -16,6 +16,7 @@ import torch
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter; it has to know before it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulator
 from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
@@ -34,11 +35,14 @@ settings.register_profile("mutants", settings.get_profile("quick"), phases=[Phas
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
+EMULATED = "emulated-cuda"  # the CUDA kernels, run by tests/emulator
+
+
 class Computed(NamedTuple):
     """A backend, as the tests compare it with the reference."""
 
     backend: str
-    isa: str | None = None  # of the native kernels on a CPU
+    isa: str | None = None  # of the native kernels on a CPU; or EMULATED
     device: str = "cpu"
 
     def __str__(self) -> str:
@@ -46,6 +50,8 @@ class Computed(NamedTuple):
 
 
 BACKENDS = [Computed("native", isa) for isa in native._native.supported_isas()]
+if emulator.unavailable() is None:
+    BACKENDS.append(Computed("native", EMULATED))
 BACKENDS += [Computed(name, None, "cpu") for name in ("triton",) if "cpu" in backends.DEVICES.get(name, ())]
 if torch.cuda.is_available():
     BACKENDS += [Computed(name, None, "cuda") for name, devices in backends.DEVICES.items() if "cuda" in devices]
@@ -67,6 +73,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @contextmanager
 def _in_force(computed: Computed) -> Iterator[str]:
     """The backend's name, with its instruction set in force and its device the default one."""
+    if computed.isa == EMULATED:
+        with emulator.emulated_native():
+            yield computed.backend
+        return
     before = native._native.isa()
     native._native.set_isa(computed.isa or before)
     try:
@@ -83,7 +93,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-@pytest.fixture(params=[computed for computed in BACKENDS if computed.isa], ids=str)
+@pytest.fixture(params=[computed for computed in BACKENDS if computed.isa not in (None, EMULATED)], ids=str)
 def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The same, but the compiled CPU kernels alone."""
     with _in_force(request.param) as name:
