@@ -4,6 +4,7 @@
 // same: the kernels also compile for, and run on, a CPU (tests/emulator).
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <cstring>
@@ -238,7 +239,7 @@ class Ring {
           "l"(from), "r"(static_cast<uint32_t>(wanted))
           : "memory");
 #else
-      if (wanted) memory_[place * kThreads] = *reinterpret_cast<const Vector*>(from);
+      if (wanted) __pipeline_memcpy_async(memory_ + place * kThreads, from, sizeof(Vector));
 #endif
     } else {
       if (wanted) registers_[place] = *reinterpret_cast<const Vector*>(from);
@@ -247,6 +248,8 @@ class Ring {
   static SPARTA_DEVICE void sent() {
 #if defined(__CUDA_ARCH__)
     if constexpr (shared) asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+    if constexpr (shared) __pipeline_commit();
 #endif
   }
   // Until only the newest `newest` rounds are still on their way.
@@ -254,6 +257,8 @@ class Ring {
   static SPARTA_DEVICE void wait() {
 #if defined(__CUDA_ARCH__)
     if constexpr (shared) asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory");
+#else
+    if constexpr (shared) __pipeline_wait_prior(newest);
 #endif
   }
   // What was sent for into that place, in a round that has been waited for.

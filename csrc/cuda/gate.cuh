@@ -78,7 +78,8 @@ struct Tile {
   // Where a thread's first vector lies: `row` and `col` count from the block's first.
   template <class T>
   SPARTA_DEVICE T* at(const Matrices& m, int row, int col) const {
-    return static_cast<T*>(m.data) + sample * m.sample_stride + int64_t{first_row + row} * m.row_stride + first_col + col;
+    return static_cast<T*>(m.data) + sample * m.sample_stride + (int64_t{first_row} + row) * m.row_stride +
+           int64_t{first_col} + col;
   }
 };
 

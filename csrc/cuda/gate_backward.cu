@@ -98,7 +98,7 @@ struct Steps {
 };
 
 template <class T, int vector>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : vector == 1 ? 3 : 4)
     backward_kernel(GateBackward args, Tiles tiles, Steps steps, Partials<typename Accumulator<T>::type> partials) {
   using Acc = typename Accumulator<T>::type;
   constexpr int ring = kRing<T, vector>;
