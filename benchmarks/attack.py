@@ -110,13 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _options(arguments)
     on_gpu = options.device == "cuda"
-    if not on_gpu:
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True  # for all candidates alike; their shapes never change
+    else:
         timing.use_allocator("keep")
-    torch.backends.cudnn.benchmark = True  # for all candidates alike; their shapes never change
     document: dict[str, Any] = {
         **timing.provenance("benchmarks/attack.py", arguments, device_timing.describe() if on_gpu else None),
         "settings": {name: value for name, value in vars(options).items() if name != "json"}
-        | {"eps": EPS, "step_size": STEP, "image": [3, 32, 32], "network": "resnet18", "cudnn_benchmark": True},
+        | {"eps": EPS, "step_size": STEP, "image": [3, 32, 32], "network": "resnet18", "cudnn_benchmark": on_gpu},
         "candidates": {name: CANDIDATES[name] for name in options.candidates},
         "precisions": {name: PRECISIONS[name] for name in options.precision},
         "timed": TIMED,

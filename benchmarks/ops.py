@@ -54,11 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options, cases = ops_options.read(arguments)
-    if options.device == "cpu":
+    on_gpu = options.device == "cuda"
+    if on_gpu:
+        torch.backends.cudnn.allow_tf32 = False  # all candidates compute in the dtype that they are given
+    else:
         timing.use_allocator(options.allocator)
     torch.set_num_threads(options.threads)
-
-    on_gpu = options.device == "cuda"
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "quick")}
     document: dict[str, Any] = {
         **timing.provenance("benchmarks/ops.py", arguments, device_timing.describe() if on_gpu else None),

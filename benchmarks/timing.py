@@ -14,7 +14,6 @@ import os
 import platform
 import random
 import resource
-import subprocess
 import sys
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy
 import torch
+from origin import commit
 
 from sparta_kernels import build_info
 from sparta_kernels.report import cpu_name
@@ -220,22 +220,3 @@ def provenance(command: str, arguments: list[str], device: Mapping[str, Any] | N
         "build": build_info(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(_TOLD)},
     }
-
-
-def commit() -> dict[str, Any] | None:
-    """The commit that this file stands on, and whether files differ from it.
-
-    Outside a repository it is what the variable SPARTA_COMMIT says, if anything.
-    """
-    folder = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return {"hash": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.CalledProcessError):
-        told = os.environ.get("SPARTA_COMMIT")
-        return {"hash": told, "changed": None} if told else None

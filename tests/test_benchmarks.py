@@ -30,7 +30,7 @@ def _on_path():
 
 @pytest.fixture(scope="module")
 def modules(_on_path):
-    return {name: importlib.import_module(name) for name in ("bars", "gates", "ops", "timing")}
+    return {name: importlib.import_module(name) for name in ("bars", "gates", "ops", "small", "timing")}
 
 
 @pytest.fixture
@@ -256,15 +256,83 @@ def test_interrupted(ops, timing, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_wrong_result_ends_the_run(ops, gates, tmp_path, monkeypatch, capsys):
+def test_a_wrong_candidate_is_left_out(ops, gates, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out.json"
     monkeypatch.setattr(
         gates,
         "naive",
         lambda x, spatial, channel, kernel: torch.relu(x) * channel.sum() * kernel.sum() * spatial.sum(),
     )
-    assert run(ops, tmp_path / "out.json") == ops.FAILED
-    assert "eager computes a wrong y" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert run(ops, path) == ops.FAILED
+    assert "2x4x4x4 fp32 nchw: eager computes a wrong y" in capsys.readouterr().err
+    document = json.loads(path.read_text())
+    assert document["complete"] is False
+    assert len(document["failed"]) == 2 * 2 * 2
+    assert all(list(found["candidates"]) == ["copy", "native", "kernel"] for found in document["results"])
+    assert len(document["results"]) == 2 * 2 * 2 * 2
+
+
+def test_a_broken_candidate_is_left_out(ops, gates, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no kernel for you")
+
+    path = tmp_path / "out.json"
+    monkeypatch.setattr(gates, "naive", broken)
+    assert run(ops, path) == ops.FAILED
+    assert "2x4x4x4 fp32 nchw: eager: RuntimeError: no kernel for you" in capsys.readouterr().err
+    assert len(json.loads(path.read_text())["results"]) == 2 * 2 * 2 * 2
+
+
+def test_every_operation(ops, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    operations = ["gate", "dynamic_conv", "pgd_step", "pgd_start"]
+    assert run(ops, path, "--operation", *operations, "--layout", "nchw") == 0
+    document = json.loads(path.read_text())
+    cells = [(c["operation"], tuple(c["shape"]), c["dtype"], c["direction"]) for c in document["results"]]
+    assert len(set(cells)) == len(cells) == (4 + 4) * 2 + 2 + 2
+    assert ("dynamic_conv", (3, 1, 5, 1), "bf16", "backward") in cells
+    found = {c["operation"]: c for c in document["results"] if c["shape"] == [2, 4, 4, 4]}
+    assert list(found["pgd_step"]["candidates"]) == ["copy", "native", "kernel", "eager"]
+    assert list(found["pgd_start"]["candidates"]) == ["copy", "native", "kernel"]
+    size = 2 * 4 * 4 * 4 * 4
+    assert found["pgd_step"]["floor_bytes"] == 4 * size  # adv, grad and clean read, adv written
+    assert found["pgd_start"]["floor_bytes"] == 2 * size
+    printed = capsys.readouterr().out
+    for heading in ("Gate forward", "Dynamic_conv backward", "Pgd_step call", "Pgd_start call"):
+        assert heading in printed
+
+
+@pytest.mark.parametrize("operation", ["dynamic_conv", "pgd_step", "pgd_start"])
+def test_wrong_candidates_of_the_other_operations_are_found(modules, operation):
+    small = modules["small"]
+    parts = small.OPERATIONS[operation]
+    (case,) = small.cases(operation, [2], [(2, 3, 4, 5)], ["fp32"], None)
+    inputs = parts.make_inputs(case, 1, "cpu")
+    right = parts.make_candidate("kernel")
+    parts.check("right", right, inputs)
+
+    class Wrong:
+        def forward(self, inputs):
+            return lambda index: right.forward(inputs)(index) * 1.001
+
+        def backward(self, inputs):
+            return right.backward(inputs)
+
+        def call(self, inputs):
+            return lambda index: right.call(inputs)(index).mul_(1 - 1e-6)
+
+    with pytest.raises(modules["gates"].WrongResult, match="wrong"):
+        parts.check("wrong", Wrong(), inputs)
+
+
+def test_no_time_left(ops, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    assert run(ops, path, "--budget", "0.001") == 0
+    document = json.loads(path.read_text())
+    assert document["results"] == []
+    assert document["complete"] is False
+    assert len(document["not_measured"]) == 2 * 2 * 2
+    assert "not measured: 2x4x4x4 fp32 nchw, measure: no time left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -280,6 +348,9 @@ def test_a_wrong_result_ends_the_run(ops, gates, tmp_path, monkeypatch, capsys):
         (["--layout", "nhwc"], "argument --layout: invalid choice: 'nhwc'"),
         (["--candidates", "copy", "magic"], "argument --candidates: invalid choice: 'magic'"),
         (["--allocator", "jemalloc"], "argument --allocator: invalid choice: 'jemalloc'"),
+        (["--operation", "gates"], "argument --operation: invalid choice: 'gates'"),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["--budget", "0"], "argument --budget: must be a positive number, got '0'"),
         (["--threads", "0"], "argument --threads: must be an integer of at least 1, got '0'"),
         (["--threads", "1000000"], "argument --threads: must be at most "),
         (["--seconds", "nan"], "argument --seconds: must be a positive number, got 'nan'"),

@@ -1,0 +1,100 @@
+"""What the device suite found, in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_MOST_LINES = 60  # of details for a step: the whole must fit on a screen or two
+_LONGEST_LINE = 160
+
+
+def summary(document: Mapping[str, Any]) -> str:
+    """A line for each step and below it what it found."""
+    machine, commit = document["machine"], document["commit"] or {"hash": "unknown", "changed": None}
+    changed = " with changes" if commit["changed"] else ""
+    lines = [
+        "",
+        f"{'Rehearsal without a GPU' if document['dry_run'] else machine['device']}: "
+        f"torch {machine['torch']}, Python {machine['python']}, commit {commit['hash'][:12]}{changed}, "
+        f"sources {document['tree']}, {document['seconds']:.0f} s" + ("" if document["complete"] else ", interrupted"),
+        f"{'step':<9} {'status':<10} {'seconds':>7}",
+    ]
+    for name, step in document["steps"].items():
+        lines.append(f"{name:<9} {step['status']:<10} {step['seconds']:>7.1f}  {step.get('reason') or ''}".rstrip())
+        details = [f"    {line}"[:_LONGEST_LINE] for line in _details(name, step)]
+        lines += details[:_MOST_LINES]
+        if len(details) > _MOST_LINES:
+            lines.append(f"    and {len(details) - _MOST_LINES} lines more in suite.json")
+    return "\n".join(lines)
+
+
+def _details(name: str, step: Mapping[str, Any]) -> Iterator[str]:
+    if name in _DETAILS:
+        yield from _DETAILS[name](step.get("figures") or {})
+
+
+def _build(figures: Mapping[str, Any]) -> Iterator[str]:
+    if "cuda" in figures:
+        cuda = figures["cuda"]
+        built = f"CUDA for {cuda.get('archs')}" if cuda["built"] else "for the CPU alone"
+        yield f"{built}, {figures['compiler']}"
+
+
+def _test(figures: Mapping[str, Any]) -> Iterator[str]:
+    if "gpu_tests" in figures:
+        yield f"{figures['gpu_tests']} tests are marked gpu"
+    if "passed" in figures:
+        yield ", ".join(f"{figures[key]} {key}" for key in ("passed", "failed", "errors", "skipped"))
+    yield from figures.get("failures", ())
+
+
+def _sanitize(figures: Mapping[str, Any]) -> Iterator[str]:
+    for name, found in figures.items():
+        yield f"{name}: {found}"
+
+
+def _ops(figures: Mapping[str, Any]) -> Iterator[str]:
+    if "cells" not in figures:
+        return
+    ceilings = figures["ceilings"]
+    told = (
+        f", a large copy {ceilings['copy_gb_per_s']:.0f} GB/s, an empty launch {ceilings['empty_launch_us']:.2f} us"
+        if ceilings
+        else ""
+    )
+    yield f"{figures['cells']} cells measured, {figures['not_measured']} cases not{told}"
+    yield from figures.get("failures", ())
+    for bar in figures["bars"]:
+        if bar["passed"] is not None:
+            verdict = "pass" if bar["passed"] else "FAIL"
+            yield f"{verdict} {bar['name']}: {bar['value']:.3f} {bar['relation']} {bar['limit']:g}"
+    for name, shares in sorted(figures["shares"].items()):
+        yield f"{name}: " + ", ".join(f"{backend} {share:.0%}" for backend, share in shares.items()) + " of copy"
+
+
+def _attack(figures: Mapping[str, Any]) -> Iterator[str]:
+    yield from figures.get("failures", ())
+    for name, times in figures.get("iterations", {}).items():
+        ratios = [
+            f"{times[key]:.2f} {words}"
+            for key, words in (("ratio_to_relu", "x relu"), ("speedup_over_reference", "x as fast as eager"))
+            if times[key] is not None
+        ]
+        memory = [] if times["peak_memory"] is None else [f"{times['peak_memory'] / 1e6:.0f} MB"]
+        yield f"{name}: " + ", ".join([f"{times['median_ms']:.2f} ms", *ratios, *memory])
+
+
+def _choices(figures: Mapping[str, Any]) -> Iterator[str]:
+    if "rows" in figures:
+        yield "rows: " + ", ".join(f"{count} {backend}" for backend, count in figures["rows"].items())
+
+
+_DETAILS = {
+    "build": _build,
+    "test": _test,
+    "sanitize": _sanitize,
+    "ops": _ops,
+    "attack": _attack,
+    "choices": _choices,
+}

@@ -1,0 +1,498 @@
+"""benchmarks/device_suite.py: its rehearsal, and what it does when a step fails, hangs, or is interrupted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sparta_kernels.backends import choices
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+STEPS = ["build", "test", "sanitize", "ops", "attack", "choices"]
+
+
+# ---- the rehearsal -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """One `--dry-run`: the folder, the process, its suite.json."""
+    folder = tmp_path_factory.mktemp("suite") / "out"
+    done = subprocess.run(
+        [sys.executable, FOLDER / "device_suite.py", "--dry-run", "--out", folder],
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return folder, done, json.loads((folder / "suite.json").read_text())
+
+
+def test_rehearsal_passes(rehearsal):
+    folder, done, document = rehearsal
+    logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.log")))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert list(document["steps"]) == STEPS
+    assert {name: step["status"] for name, step in document["steps"].items()} == dict.fromkeys(STEPS, "passed")
+    assert document["complete"] is True
+    assert document["dry_run"] is True
+    assert document["machine"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert document["seconds"] >= sum(step["seconds"] for step in document["steps"].values()) > 0
+
+
+def test_rehearsal_does_every_step(rehearsal):
+    _, _, document = rehearsal
+    figures = {name: step["figures"] for name, step in document["steps"].items()}
+    assert figures["build"]["cuda"] == {"built": False}
+    assert figures["test"]["gpu_tests"] > 100
+    assert figures["test"]["passed"] >= 5
+    assert figures["test"]["failed"] == figures["test"]["errors"] == 0
+    assert "200 results of native on cpu checked, 0 wrong" in figures["sanitize"]["plain"]
+    assert figures["ops"]["cells"] == 4 + 2 + 1 + 1
+    assert set(figures["attack"]["iterations"]) == {"fp32 native", "fp32 reference", "fp32 relu"}
+    assert sum(figures["choices"]["rows"].values()) == 8
+
+
+def test_rehearsal_leaves_few_small_files(rehearsal):
+    folder, _, document = rehearsal
+    logs = {step["log"] for step in document["steps"].values()}
+    assert {path.name for path in folder.rglob("*")} == {
+        "suite.json",
+        "build.log",
+        "test.log",
+        "sanitize.log",
+        "benchmarks.log",
+        "ops.json",
+        "attack.json",
+        "choices.csv",
+    }
+    assert logs < {path.name for path in folder.iterdir()}
+    for name, step in document["steps"].items():
+        for command in step["commands"]:
+            assert f"$ {command}\n" in (folder / step["log"]).read_text(), name
+
+
+def test_rehearsal_ends_with_a_table(rehearsal):
+    _, done, _ = rehearsal
+    assert len(done.stdout) < 12_000
+    table = done.stdout[done.stdout.index("Rehearsal without a GPU") :].splitlines()
+    assert [line.split()[:2] for line in table if line.split()[0] in STEPS] == [[name, "passed"] for name in STEPS]
+
+
+def test_rehearsal_covers_triton_where_it_is(rehearsal):
+    folder, _, _ = rehearsal
+    pytest.importorskip("triton")
+    document = json.loads((folder / "ops.json").read_text())
+    assert document["failed"] == []
+    for cell in document["results"]:
+        assert {"kernel", "triton_kernel"} <= set(cell["candidates"])
+    rows = choices.read(folder / "choices.csv")
+    assert {row.operation for row in rows if row.capability == "cpu"} == set(choices.OPERATIONS)
+
+
+# ---- with other steps --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def modules():
+    sys.path.insert(0, str(FOLDER))
+    yield {name: importlib.import_module(name) for name in ("device_suite", "origin", "suite_runner", "suite_steps")}
+    sys.path.remove(str(FOLDER))
+
+
+class Suite:
+    """The suite with steps of our own."""
+
+    def __init__(self, modules, monkeypatch, folder):
+        self.module, self.folder, self.done = modules["device_suite"], folder, []
+        self.Step, self.Failed = modules["suite_steps"].Step, modules["suite_runner"].StepFailed
+        self.Skipped = modules["suite_runner"].StepSkipped
+        self.steps, self.tree = {}, "1"
+        self.machine = {"torch": "2", "python": "3", "device": "GPU"}
+        monkeypatch.setattr(self.module, "STEPS", self.steps)
+        monkeypatch.setattr(self.module, "probe", lambda job: self.machine)
+        monkeypatch.setattr(modules["origin"], "tree", lambda: self.tree)
+
+    def add(self, name, do=lambda job: None, limit=100.0, least=1.0, **options):
+        def step(job):
+            self.done.append(name)
+            do(job)
+
+        self.steps[name] = self.Step(step, limit, least, f"{name}.log", **options)
+
+    def run(self, *arguments):
+        self.done.clear()
+        return self.module.main(["--out", str(self.folder), *arguments])
+
+    @property
+    def document(self):
+        return json.loads((self.folder / "suite.json").read_text())
+
+    def statuses(self):
+        return {name: step["status"] for name, step in self.document["steps"].items()}
+
+
+@pytest.fixture
+def suite(modules, monkeypatch, tmp_path):
+    return Suite(modules, monkeypatch, tmp_path / "out")
+
+
+def command(code):
+    return lambda job: job.python("-c", code)
+
+
+def is_running(pid):
+    """Whether there is such a process, other than as an entry that nobody has asked for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+SPAWN = """
+import pathlib, signal, subprocess, sys, time
+child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
+process.stdout.readline()
+pathlib.Path({path!r}).write_text(str(process.pid))
+print("spawned", flush=True)
+time.sleep({seconds})
+"""
+
+
+@pytest.mark.parametrize("seconds", [600, 0], ids=["hangs", "ends"])
+def test_no_child_is_left(suite, tmp_path, seconds):
+    path = tmp_path / "pid"
+    suite.add("spawn", command(SPAWN.format(path=str(path), seconds=seconds)), limit=5.0 if seconds else 60.0)
+    suite.add("after")
+    started = time.monotonic()
+    assert suite.run() == (1 if seconds else 0)
+    assert time.monotonic() - started < 30
+    assert suite.statuses() == {"spawn": "timed out" if seconds else "passed", "after": "passed"}
+    assert "spawned" in (suite.folder / "spawn.log").read_text()
+    assert not is_running(int(path.read_text()))
+
+
+def test_a_command_can_save_what_it_has(suite):
+    code = "import time\ntry:\n print('on', flush=True); time.sleep(600)\nexcept KeyboardInterrupt:\n print('saved')"
+    suite.add("slow", command(code), limit=3.0)
+    assert suite.run() == 1
+    assert "saved" in (suite.folder / "slow.log").read_text()
+
+
+def test_a_failure_costs_only_what_needs_it(suite, capsys):
+    def fail(job):
+        job.figures["found"] = 3
+        raise suite.Failed("3 things are wrong")
+
+    def skip(job):
+        raise suite.Skipped("no tool")
+
+    def break_down(job):
+        raise ZeroDivisionError("oh")
+
+    suite.add("first", fail)
+    suite.add("second", needs=("first",))
+    suite.add("third", skip)
+    suite.add("fourth", break_down)
+    suite.add("fifth", after=("first",))
+    assert suite.run() == 1
+    assert suite.done == ["first", "third", "fourth", "fifth"]
+    steps = suite.document["steps"]
+    assert suite.statuses() == {
+        "first": "failed",
+        "second": "skipped",
+        "third": "skipped",
+        "fourth": "failed",
+        "fifth": "passed",
+    }
+    assert steps["first"]["figures"] == {"found": 3}
+    reasons = [steps[name]["reason"] for name in ("first", "second", "third", "fourth")]
+    assert reasons == ["3 things are wrong", "first did not pass", "no tool", "ZeroDivisionError: oh"]
+    printed = capsys.readouterr().out
+    assert all(reason in printed for reason in reasons)
+
+
+def test_skipped_for_a_reason_is_success(suite):
+    def skip(job):
+        raise suite.Skipped("no tool")
+
+    suite.add("first", skip)
+    assert suite.run() == 0
+
+
+def test_a_second_call_does_what_is_left(suite):
+    broken = [True]
+
+    def fail(job):
+        if broken:
+            raise suite.Failed("not yet")
+
+    suite.add("first")
+    suite.add("second", fail)
+    suite.add("third")
+    suite.add("fourth", after=("second",))
+    assert suite.run() == 1
+    broken.clear()
+    assert suite.run() == 0
+    assert suite.done == ["second", "fourth"]  # the fourth uses what the second found
+    assert suite.run() == 0
+    assert suite.done == []
+    assert suite.run("--only", "third,first") == 0
+    assert suite.done == ["first", "third"]
+    assert suite.run("--fresh") == 0
+    assert suite.done == ["first", "second", "third", "fourth"]
+    suite.tree = "2"
+    assert suite.run() == 0
+    assert suite.done == ["first", "second", "third", "fourth"]
+    suite.machine = {**suite.machine, "device": "another"}
+    assert suite.run("--dry-run") == 0
+    assert suite.done == ["first", "second", "third", "fourth"]
+    (suite.folder / "suite.json").write_text("{")
+    assert suite.run() == 0
+    assert suite.done == ["first", "second", "third", "fourth"]
+
+
+def test_only(suite):
+    def fail(job):
+        raise suite.Failed("wrong")
+
+    suite.add("first", fail)
+    suite.add("second")
+    suite.add("third")
+    assert suite.run("--only", "second") == 0
+    assert suite.statuses() == {"second": "passed", "first": "skipped", "third": "skipped"}
+    assert suite.document["steps"]["first"]["reason"] == "not asked for"
+    assert suite.run() == 1
+    assert suite.done == ["first", "third"]
+    assert suite.run("--only", "third") == 0  # though the first has failed before
+    assert suite.statuses()["first"] == "failed"
+
+
+def test_time_is_shared(suite):
+    """A step leaves to the later ones what they need at least; what has too little left is not begun."""
+    left = {}
+
+    def look(name):
+        return lambda job: left.setdefault(name, job.left())
+
+    suite.add("long", look("long"), limit=1000.0, least=10.0)
+    suite.add("short", look("short"), limit=7.0, least=5.0)
+    suite.add("large", look("large"), limit=1000.0, least=200.0)
+    assert suite.run("--limit", "310") == 0
+    assert left["long"] == pytest.approx(300 - 5 - 200, abs=2)
+    assert left["short"] == pytest.approx(7, abs=2)
+    assert left["large"] == pytest.approx(300, abs=3)
+    assert suite.run("--limit", "150", "--fresh") == 1
+    assert suite.statuses() == {"long": "passed", "short": "passed", "large": "timed out"}
+    assert "not begun: it needs 200 s, 140 were left" in suite.document["steps"]["large"]["reason"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_what_is_done(suite, tmp_path, number, capsys):
+    path = tmp_path / "pid"
+
+    def interrupted(job):
+        timer = threading.Thread(target=lambda: (wait_for(path), os.kill(os.getpid(), number)))
+        timer.start()
+        try:
+            command(SPAWN.format(path=str(path), seconds=600))(job)
+        finally:
+            timer.join()
+
+    suite.add("first")
+    suite.add("second", interrupted)
+    suite.add("third")
+    before = signal.getsignal(number)
+    assert suite.run() == suite.module.INTERRUPTED
+    assert signal.getsignal(number) is before
+    assert suite.statuses() == {"first": "passed", "second": "failed"}
+    assert suite.document["steps"]["second"]["reason"] == "interrupted"
+    assert suite.document["complete"] is False
+    assert not is_running(int(path.read_text()))
+    assert "interrupted" in capsys.readouterr().out
+    suite.steps["second"] = suite.steps["first"]
+    assert suite.run() == 0
+    assert suite.statuses() == dict.fromkeys(("first", "second", "third"), "passed")
+
+
+def wait_for(path):
+    end = time.monotonic() + 30
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --out"),
+        (["--out", "out", "--only", "first,magic"], "argument --only: must name steps among first, got 'magic'"),
+        (["--out", "out", "--only", ""], "argument --only: must name steps among first, got ''"),
+        (["--out", "out", "--limit", "10"], "argument --limit: must be a number above 10, got '10'"),
+        (["--out", "out", "--limit", "soon"], "argument --limit: must be a number above 10, got 'soon'"),
+        (["--out", "file"], "argument --out: cannot write in file: File exists"),
+        (["--out", "out"], "there is no NVIDIA GPU here that torch can use; --dry-run rehearses"),
+    ],
+)
+def test_bad_arguments(suite, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    suite.add("first")
+    suite.machine = {**suite.machine, "device": None}
+    with pytest.raises(SystemExit) as stopped:
+        suite.module.main(arguments)
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert suite.done == []
+
+
+# ---- the steps, with other tools ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(modules, tmp_path):
+    for name in ("out", "scratch"):
+        (tmp_path / name).mkdir()
+    machine = {"capability": "9.0"}
+    return modules["suite_runner"].Job(
+        tmp_path / "out", tmp_path / "scratch", tmp_path / "log", time.monotonic() + 60, False, machine
+    )
+
+
+def test_failed_tests_are_named(modules, job, tmp_path):
+    """Also where a file of tests cannot be imported."""
+    (tmp_path / "test_a.py").write_text(
+        "import pytest\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2, 'one is not two'\n"
+        "def test_not_here(): pytest.skip('no')\n"
+        "@pytest.fixture\n"
+        "def broken(): raise OSError('no fixture')\n"
+        "def test_broken(broken): pass\n"
+    )
+    (tmp_path / "test_b.py").write_text("import no_such_module\n")
+    modules["suite_steps"]._pytest(job, "some", str(tmp_path), "--rootdir", str(tmp_path))
+    figures = job.figures
+    assert {key: figures[key] for key in ("passed", "failed", "errors", "skipped")} == {
+        "passed": 1,
+        "failed": 1,
+        "errors": 2,
+        "skipped": 1,
+    }
+    failures = "\n".join(figures["failures"])
+    for text in ("test_a.py::test_wrong: AssertionError: one is not two", "test_a.py::test_broken: ", "test_b"):
+        assert text in failures
+
+
+def fake_sanitizer(folder, monkeypatch, body):
+    tool = folder / "compute-sanitizer"
+    tool.write_text(f"#!{sys.executable}\nimport sys\ntool = sys.argv[sys.argv.index('--tool') + 1]\n{body}")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_faults_under_the_sanitizer(modules, job, tmp_path, monkeypatch):
+    fake_sanitizer(
+        tmp_path,
+        monkeypatch,
+        "assert sys.argv[sys.argv.index('--error-exitcode') + 1] == '99'\n"
+        "assert sys.argv[-4:] == ['--device', 'cuda', '--backend', sys.argv[-1]]\n"
+        "bad = tool == 'racecheck'\n"
+        "print('========= RACECHECK SUMMARY: 3 hazards' if bad else '========= ERROR SUMMARY: 0 errors')\n"
+        "sys.exit(99 if bad else 0)",
+    )
+    with pytest.raises(modules["suite_runner"].StepFailed, match="faults under racecheck native"):
+        modules["suite_steps"].sanitize(job)
+    assert job.figures == {
+        "memcheck native": "clean",
+        "racecheck native": "========= RACECHECK SUMMARY: 3 hazards",
+        "synccheck native": "clean",
+        "initcheck native": "clean",
+        "memcheck triton": "clean",
+    }
+    assert job.commands[0].count("--report-api-errors no") == 1
+
+
+def test_no_sanitizer(modules, job, tmp_path, monkeypatch):
+    steps, skipped = modules["suite_steps"], modules["suite_runner"].StepSkipped
+    monkeypatch.setattr(steps, "_SANITIZER", tmp_path / "none")
+    monkeypatch.setattr(steps.shutil, "which", lambda name: None)
+    with pytest.raises(skipped, match="compute-sanitizer is not installed here"):
+        steps.sanitize(job)
+    monkeypatch.undo()
+    fake_sanitizer(tmp_path, monkeypatch, "print('========= Error: Device not supported')\nsys.exit(1)")
+    with pytest.raises(skipped, match="does not support this device"):
+        steps.sanitize(job)
+
+
+def test_tools_for_which_no_time_is_left_are_named(modules, job, tmp_path, monkeypatch):
+    fake_sanitizer(tmp_path, monkeypatch, "import time\ntime.sleep(2 if tool == 'racecheck' else 0)")
+    job.deadline = time.monotonic() + 5
+    modules["suite_steps"].sanitize(job)
+    assert list(job.figures.values())[:2] == ["clean", "clean"]
+    assert "no time left" in job.figures.values()
+
+
+def test_what_a_benchmark_measured_before_it_was_stopped_is_kept(modules, job, tmp_path, monkeypatch):
+    steps = modules["suite_steps"]
+    times = {"median_ms": 1.0, "share_of_copy": 0.95}
+    cell = {"operation": "gate", "shape": [512, 64, 32, 32], "dtype": "bf16", "layout": "nchw", "direction": "forward"}
+    document = {
+        "results": [{**cell, "candidates": {"kernel": times, "triton_kernel": {**times, "share_of_copy": 0.9}}}],
+        "bars": [],
+        "failed": [],
+        "not_measured": [],
+        "ceilings": {"copy_gb_per_s": 3000.0, "empty_launch_us": 1.0},
+    }
+    monkeypatch.setattr(steps, "BENCHMARKS", tmp_path)
+    (tmp_path / "ops.py").write_text(
+        "import pathlib, sys, time\n"
+        f"pathlib.Path(sys.argv[sys.argv.index('--json') + 1]).write_text({json.dumps(document)!r})\n"
+        "time.sleep(600)\n"
+    )
+    job.deadline = time.monotonic() + 3
+    with pytest.raises(modules["suite_runner"].StepTimedOut, match="kept"):
+        steps.ops(job)
+    assert job.figures["shares"] == {"forward 512x64x32x32 bf16 nchw": {"native": 0.95, "triton": 0.9}}
+    assert "--device cuda" in job.commands[0]
+    assert "--budget" in job.commands[0]
+
+
+def test_choices_need_measurements(modules, job):
+    with pytest.raises(modules["suite_runner"].StepFailed, match=r"there is no ops\.json"):
+        modules["suite_steps"].choices(job)
+
+
+def test_long_logs_lose_their_middle(modules, tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"first\n" + b"x" * 2**23 + b"\nlast")
+    modules["suite_runner"].shorten(log)
+    content = log.read_bytes()
+    assert len(content) < 2**22 + 100
+    assert content.startswith(b"first\n")
+    assert content.endswith(b"\nlast")
+    assert b" bytes left out " in content
+
+
+def test_the_tree_is_its_sources(modules, tmp_path, monkeypatch):
+    origin = modules["origin"]
+    monkeypatch.setattr(origin, "ROOT", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "setup.py").write_text("1")
+    first = origin.tree()
+    (tmp_path / "csrc" / "a.so").write_text("built")
+    assert origin.tree() == first
+    (tmp_path / "csrc" / "a.cu").write_text("code")
+    assert origin.tree() != first
+    monkeypatch.setenv("SPARTA_COMMIT", "abc")
+    assert origin.commit() == {"hash": "abc", "changed": None}
