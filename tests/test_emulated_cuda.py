@@ -108,6 +108,20 @@ def test_what_lanes_tell_each_other(examples, order):
         assert row == [*(source + 0.5 for source in sources), 7, 1, 1, 31 if lane % 2 else 0], lane
 
 
+@pytest.mark.parametrize("order", EVERY_ORDER)
+def test_copies_to_shared_memory_are_waited_for(examples, order):
+    values = numbers(256)
+    rounds = values.view(32, 2, 4)
+    want = rounds[:, 0, 0] + rounds[:, 0, 3] + rounds[:, 1, 0]
+    with examples.order(order):
+        assert torch.equal(examples.run("fetch_ahead", values, block=(32, 1, 1), outputs=32), want)
+        got = examples.run("fetch_too_far_ahead", values, block=(32, 1, 1), outputs=32)
+    if order == ASCENDING:  # at once
+        assert torch.equal(got, want)
+    if order == DESCENDING:
+        assert got.isnan().all()
+
+
 def test_indices_in_three_dimensions(examples):
     grid, block = (3, 2, 4), (5, 3, 2)
     got = examples.run("indices", torch.empty(0), grid, block, outputs=24 * 30)
@@ -169,6 +183,7 @@ def test_shared_memory_that_nobody_wrote_is_nan(examples):
         ("reads_a_lane_outside_the_mask", r"thread \(0, 0, 0\) .* reads lane 16, which takes no part"),
         ("not_in_its_own_mask", r"thread \(8, 0, 0\) .* with a mask in which it is not"),
         ("too_much_shared_memory", "more than 48 kB of static __shared__ memory"),
+        ("misaligned_fetch", r"thread \(0, 0, 0\): an asynchronous copy of another size or alignment"),
         ("traps", r"thread \(2, 0, 0\): __trap\(\)"),
     ],
 )

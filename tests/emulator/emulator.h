@@ -56,6 +56,9 @@ void block_barrier(Where where);
 uint64_t exchange(Exchange asked);
 void claim(Shared& variable, size_t bytes, const char* name);
 void* dynamic_shared();
+void copy_async(void* to, const void* from, size_t bytes, size_t zeros);
+void end_copy_group();
+void wait_for_copies(int newest);  // until only the newest groups of copies are on their way
 [[noreturn]] void fail(const char* message);  // of the running thread
 
 // scheduler.cpp

@@ -1,5 +1,6 @@
 // Small kernels for the emulator's own tests: right ones, whose results are known, and wrong ones, whose fault it must
 // show. A block has as many threads as it likes, and in and out a number for each of them, unless it says otherwise.
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <map>
@@ -64,6 +65,21 @@ __global__ void lanes(const float* in, float* out) {
   row[7] = __all_sync(kAll, lane < 32) + 2 * __all_sync(kAll, lane < 31);
   // Two halves of a warp, each for itself.
   row[8] = odd ? __shfl_sync(0xaaaaaaaau, lane, 31) : __shfl_sync(0x55555555u, lane, 0);
+}
+
+// Four numbers a thread, fetched in two rounds of which the second is still on its way when the first is used.
+template <int newest>
+__global__ void fetch_ahead(const float* in, float* out) {
+  __shared__ float4 memory[2][256];
+  for (int round = 0; round < 2; ++round) {
+    __pipeline_memcpy_async(&memory[round][threadIdx.x], in + 4 * (2 * here() + round), 16, 4 * round);
+    __pipeline_commit();
+  }
+  __pipeline_wait_prior(newest);
+  const float4 first = memory[0][threadIdx.x];
+  __pipeline_wait_prior(0);
+  const float4 second = memory[1][threadIdx.x];
+  out[here()] = first.x + first.w + second.x + second.w;
 }
 
 __global__ void indices(const float*, float* out) {
@@ -161,6 +177,14 @@ __global__ void too_much_shared_memory(const float* in, float* out) {
   out[here()] = memory[threadIdx.x];
 }
 
+__global__ void misaligned_fetch(const float* in, float* out) {
+  __shared__ float memory[8];
+  __pipeline_memcpy_async(memory + 1, in, 8);
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  out[here()] = memory[1];
+}
+
 __global__ void traps(const float*, float*) {
   if (threadIdx.x == 2) __trap();
 }
@@ -168,6 +192,7 @@ __global__ void traps(const float*, float*) {
 #define EXAMPLE(name) {#name, name}
 const std::map<std::string, void (*)(const float*, float*)> kExamples{
     EXAMPLE(reverse), EXAMPLE(reverse_in_dynamic_memory), EXAMPLE(sum), EXAMPLE(lanes), EXAMPLE(indices),
+    {"fetch_ahead", fetch_ahead<1>}, {"fetch_too_far_ahead", fetch_ahead<2>}, EXAMPLE(misaligned_fetch),
     EXAMPLE(no_barrier), EXAMPLE(no_barrier_in_the_warp), EXAMPLE(only_the_warp_waits), EXAMPLE(blocks_read_each_other),
     EXAMPLE(reads_what_nobody_wrote), EXAMPLE(reads_an_old_block), EXAMPLE(writes_beside_shared_memory),
     EXAMPLE(reads_beside_a_tensor), EXAMPLE(two_barriers), EXAMPLE(barrier_against_shuffle), EXAMPLE(two_shuffles),

@@ -1,4 +1,5 @@
-// In which order the threads of a block run between barriers, and the blocks of a launch.
+// In which order the threads of a block run between barriers, and the blocks of a launch; and whether what may take a
+// while does.
 #pragma once
 
 #include <algorithm>
@@ -35,6 +36,9 @@ class Order {
     while (std::gcd(found.step, count) != 1) found.step = found.step % (count - 1) + 1;
     return found;
   }
+
+  // Whether something happens as late as it may, or at once.
+  bool is_late() { return seed_ == 1 || (seed_ > 1 && random_() % 2 == 1); }
 
  private:
   uint64_t seed_ = 0;

@@ -24,13 +24,27 @@ constexpr int kLanes = 32;
 
 enum class State { unstarted, ready, at_barrier, at_exchange, exited };
 
+struct Copy {  // to shared memory, on its way
+  void* to;
+  const void* from;
+  size_t bytes, zeros;
+  int group;
+
+  void arrive() const {
+    std::memcpy(to, from, bytes);
+    std::memset(static_cast<char*>(to) + bytes, 0, zeros);
+  }
+};
+
 struct Thread {
   Index index;
   int lane;
-  State state;
-  Fiber* fiber;
-  Where barrier;
-  Exchange asked;
+  State state = State::unstarted;
+  Fiber* fiber = nullptr;
+  Where barrier = {};
+  Exchange asked = {};
+  std::vector<Copy> copies = {};
+  int groups = 0;  // of copies, that are complete
 
   bool named_in(unsigned mask) const { return (mask >> lane & 1) != 0; }
 };
@@ -87,6 +101,7 @@ void be_threads() {
   self->arrived(scheduler);
   for (;;) {
     body->run(body->arguments);
+    for (const Copy& copy : current->copies) copy.arrive();
     current->state = State::exited;
     idle.push_back(self);
     self->leave_for(scheduler);
@@ -217,7 +232,7 @@ void run_block(const Configuration& configuration) {
   for (unsigned z = 0; z < extent.z; ++z)
     for (unsigned y = 0; y < extent.y; ++y)
       for (unsigned x = 0; x < extent.x; ++x)
-        threads.push_back({{x, y, z}, static_cast<int>(threads.size() % kLanes), State::unstarted, nullptr, {}, {}});
+        threads.push_back({{x, y, z}, static_cast<int>(threads.size() % kLanes)});
   const int count = static_cast<int>(threads.size());
   do {
     const std::vector<int> turns = order.of((count + kLanes - 1) / kLanes);
@@ -276,6 +291,28 @@ void claim(Shared& variable, size_t bytes, const char* name) {
   variable.address = shared_memory.add(bytes, name);
   if (variable.address == nullptr) fail("more than 48 kB of static __shared__ memory");
   variable.block = block_number;
+}
+
+// When a copy arrives is not known before it is waited for; it may be at once.
+void copy_async(void* to, const void* from, size_t bytes, size_t zeros) {
+  const auto misaligned = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || zeros > bytes || misaligned % bytes != 0)
+    fail("an asynchronous copy of another size or alignment than 4, 8 or 16 bytes");
+  const Copy copy{to, from, bytes - zeros, zeros, current->groups};
+  if (order.is_late())
+    current->copies.push_back(copy);
+  else
+    copy.arrive();
+}
+
+void end_copy_group() { ++current->groups; }
+
+void wait_for_copies(int newest) {
+  std::vector<Copy>& copies = current->copies;
+  const auto awaited = [&](const Copy& copy) { return copy.group < current->groups - newest; };
+  for (const Copy& copy : copies)
+    if (awaited(copy)) copy.arrive();
+  copies.erase(std::remove_if(copies.begin(), copies.end(), awaited), copies.end());
 }
 
 void* dynamic_shared() { return shared_memory.dynamic(); }
