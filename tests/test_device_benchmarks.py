@@ -1,5 +1,4 @@
-"""benchmarks/ on a GPU, as far as a CPU shows it: the loop, the bars, the table of choices, the attack, the sanitized
-script."""
+"""benchmarks/ on a GPU, as far as a CPU shows it: the loop, the bars, the sanitized script."""
 
 from __future__ import annotations
 
@@ -9,16 +8,18 @@ import math
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from sparta_kernels import backends
-from sparta_kernels.backends.choices import Row, read
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-NAMES = ("attack", "bars", "choices", "device_timing", "ops", "sanitize_ops", "tables", "timing")
+NAMES = ("attack", "bars", "device_timing", "gates", "ops", "sanitize_ops", "small", "tables")
+
+CEILINGS = {"copy_gb_per_s": 2000.0, "empty_launch_us": 1.5}
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +32,6 @@ def modules():
 @pytest.fixture
 def bars(modules):
     return modules["bars"]
-
-
-@pytest.fixture
-def choices(modules):
-    return modules["choices"]
 
 
 @pytest.fixture
@@ -178,9 +174,165 @@ def test_ceilings(device_timing, monkeypatch):
     assert max(len(graph) for graph in device.graphs) == 500
 
 
-# ---- the bars ----------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+def test_the_loop_on_a_gpu(device_timing):
+    with device_timing.Cuda() as device:
+        leaves = [torch.randn(2**22, device="cuda", requires_grad=True) for _ in range(4)]
+        images, copies = [leaf.detach() for leaf in leaves], [torch.empty_like(leaf) for leaf in leaves]
+        outputs, gy = [leaf.relu() for leaf in leaves], torch.ones(2**22, device="cuda")
+        calls = {
+            "copy": lambda index: copies[index].copy_(images[index]),
+            "backward": lambda index: torch.autograd.grad(outputs[index], leaves[index], gy, retain_graph=True),
+        }
+        times = device_timing.interleave(device, calls, inputs=4, seconds=0.05)
+        ceilings = device_timing.ceilings(device)
+    assert all(found.more["captured"] for found in times.values()), times
+    assert 1e-6 < times["copy"].median < 1e-3
+    assert times["copy"].median < times["backward"].median
+    assert 50 < ceilings["copy_gb_per_s"] < 50_000
+    assert 0.1 < ceilings["empty_launch_us"] < 50
 
-CEILINGS = {"copy_gb_per_s": 2000.0, "empty_launch_us": 1.5}
+
+# ---- the command on a GPU ----------------------------------------------------------------------------------
+
+
+class Immediately:
+    """A device without a queue: the CPU."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def capture(self, work):
+        work()
+        return work
+
+    def mark(self):
+        return time.perf_counter()
+
+    def seconds(self, start, end):
+        return end - start
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def seeming_gpu(modules, monkeypatch):
+    """A CPU in the GPU's place: everything else is as `ops.py --device cuda` does it."""
+    timing, small = modules["device_timing"], modules["small"]
+    described = {"type": "cuda", "name": "Seeming", "capability": "9.0"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "DEVICES", {"native": ("cpu", "cuda")})
+    monkeypatch.setattr(timing, "Cuda", Immediately)
+    monkeypatch.setattr(timing, "describe", lambda: described)
+    monkeypatch.setattr(timing, "ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(timing, "ring_bytes", lambda: 2**14)
+    for name, operation in small.OPERATIONS.items():
+        on_cpu = lambda case, count, device, make=operation.make_inputs: make(case, count, "cpu")  # noqa: E731
+        monkeypatch.setitem(small.OPERATIONS, name, replace(operation, make_inputs=on_cpu))
+    make_gate = small.OPERATIONS["gate"].make_candidate
+    plainly = lambda name: make_gate("eager" if name == "compile" else name)  # noqa: E731
+    monkeypatch.setitem(small.OPERATIONS, "gate", replace(small.OPERATIONS["gate"], make_candidate=plainly))
+    return modules["ops"]
+
+
+SMALL = ("--shape", "2,8,4,4", "2,4,8,8", "--dtype", "fp32", "--seconds", "0.001", "--threads", "1")
+
+
+def test_the_command_as_on_a_gpu(seeming_gpu, tmp_path, capsys):
+    path = tmp_path / "ops.json"
+    assert seeming_gpu.main(["--device", "cuda", *SMALL, "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert document["complete"] is True
+    assert document["ceilings"] == CEILINGS
+    assert document["device"]["capability"] == "9.0"
+    assert document["device"]["host"]["type"] == "cpu"
+    cells = {(c["operation"], *c["shape"], c["layout"], c["direction"]): c for c in document["results"]}
+    assert len(cells) == len(document["results"]) == 2 * 2 * 2 + 2 * 2 + 2 + 2
+    found = cells["gate", 2, 8, 4, 4, "nchw", "backward"]
+    assert found["inputs"] == 16  # of 1 kB, to fill the ring
+    assert list(found["candidates"]) == ["copy", "native", "kernel", "eager", "compile"]
+    for times in found["candidates"].values():
+        assert times["captured"] is True
+        assert times["calls"] in (16, 32)
+        assert times["host_us"] > 0
+    assert found["candidates"]["kernel"]["excess_us"] == pytest.approx(
+        1e3 * (found["candidates"]["kernel"]["median_ms"] - found["floor_ms"]) - CEILINGS["empty_launch_us"]
+    )
+    printed = capsys.readouterr().out
+    for text in ("Gate forward", "of copy", "A large copy: 2000 GB/s", "share of copy's bandwidth", "us over empty"):
+        assert text in printed
+
+
+def test_the_important_comes_first_and_compiling_last(seeming_gpu, modules):
+    import ops_options
+
+    options, cases = ops_options.read(["--device", "cuda", "--threads", "1"])
+    plan = seeming_gpu._plan(options, cases)
+    phases = [phase for phase, _, _ in plan]
+    assert phases == sorted(phases, reverse=True)  # "measure", then "compile"
+    measured = [case for phase, case, _ in plan if phase == "measure"]
+    assert len(measured) == len(cases) == 3 * 4 * 2 * 2 + 2 * 2 + 2 + 2
+    first = measured[:16]
+    assert {case.shape[1:] for case in first} == {(64, 32, 32), (128, 16, 16)}
+    assert [case.shape[0] for case in first] == [512] * 8 + [1024] * 8
+    assert all(case.shape[0] == 128 and case.operation == "gate" for case in measured[-16:])
+    assert all("compile" not in names for phase, _, names in plan if phase == "measure")
+    assert all(case.operation == "gate" and "copy" in names for phase, case, names in plan if phase == "compile")
+
+
+def test_a_budget_that_ends_on_the_way(seeming_gpu, modules, tmp_path, monkeypatch, capsys):
+    """Cells that were measured stay; the others, and the one pass with the compiler, are named."""
+    path, clock = tmp_path / "ops.json", iter(range(0, 10**6, 10))
+    monkeypatch.setattr(modules["ops"].time, "monotonic", lambda: next(clock))
+    arguments = ["--device", "cuda", *SMALL, "--operation", "gate", "--json", str(path), "--budget", "55"]
+    assert seeming_gpu.main(arguments) == 0
+    document = json.loads(path.read_text())
+    assert document["complete"] is False
+    measured = {tuple(cell["shape"]) for cell in document["results"]}
+    assert 0 < len(document["results"]) < 8
+    assert measured
+    assert "2x4x8x8 fp32 channels_last, compile: no time left" in document["not_measured"]
+    assert len(document["not_measured"]) == 8 - len(document["results"]) // 2
+
+
+def test_a_case_for_which_memory_is_short_is_left_out(seeming_gpu, modules, tmp_path, monkeypatch, capsys):
+    def full(case, count, device):
+        if case.shape == (2, 8, 4, 4):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+        return make(case, count, device)
+
+    path, operation = tmp_path / "ops.json", modules["small"].OPERATIONS["gate"]
+    make = operation.make_inputs
+    monkeypatch.setitem(modules["small"].OPERATIONS, "gate", replace(operation, make_inputs=full))
+    arguments = ["--device", "cuda", *SMALL, "--operation", "gate", "--candidates", "copy", "kernel"]
+    assert seeming_gpu.main([*arguments, "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert {tuple(cell["shape"]) for cell in document["results"]} == {(2, 4, 8, 8)}
+    short = "CUDA out of memory. Tried to allocate 1 GiB"
+    layouts = ("nchw", "channels_last")
+    assert document["not_measured"] == [f"2x8x4x4 fp32 {layout}, measure: {short}" for layout in layouts]
+
+
+@pytest.mark.gpu
+def test_the_command_on_a_gpu(modules, tmp_path, capsys):
+    path, tf32 = tmp_path / "ops.json", torch.backends.cudnn.allow_tf32
+    names = ["copy", "native", "kernel", "triton", "triton_kernel", "eager"]
+    try:
+        arguments = ["--device", "cuda", *SMALL, "--inputs", "2", "--candidates", *names, "--json", str(path)]
+        assert modules["ops"].main(arguments) == 0, capsys.readouterr().err
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+    document = json.loads(path.read_text())
+    assert document["complete"] is True
+    assert all(times["captured"] for cell in document["results"] for times in cell["candidates"].values())
+    assert set(document["results"][0]["candidates"]) == set(names)
+
+
+# ---- the bars ----------------------------------------------------------------------------------------------
 
 
 def cell(bars, direction, us, shape=(512, 64, 32, 32), dtype="bf16", layout="nchw", operation="gate"):
@@ -241,152 +393,6 @@ def test_gpu_table(bars, modules, capsys):
     (nchw,) = (line for line in lines if "nchw" in line)
     for text in ("512x64x32x32", "bf16", "12.5", "10.5", "83%", "95%", "no graph: eager"):
         assert text in nchw
-
-
-# ---- the table of choices ----------------------------------------------------------------------------------
-
-
-def measured(shape, native, triton, **named):
-    candidates = {"kernel": {"median_ms": native}, "triton_kernel": {"median_ms": triton}}
-    usual = {"operation": "gate", "direction": "forward", "dtype": "bf16", "layout": "nchw"}
-    return {**usual, **named, "shape": shape, "candidates": candidates}
-
-
-def test_rows_end_where_the_faster_one_changes(choices):
-    cells = [
-        measured([1, 1, 1, 300], 2.0, 1.0),
-        measured([1, 1, 1, 100], 1.0, 2.0),
-        measured([1, 1, 1, 200], 1.0, 0.985),  # a tie: native
-        measured([1, 1, 1, 400], 1.0, 0.9),
-        measured([2, 1, 1, 200], 1.0, 1.5),  # with the last one: native
-        measured([1, 1, 1, 100], 2.0, 1.0, layout="channels_last"),
-        measured([1, 1, 1, 100], 2.0, 1.0, operation="pgd_step", direction="call", dtype="fp32"),
-        measured([1, 1, 1, 100], 1.0, 1.0, operation="dynamic_conv", direction="backward"),
-    ]
-    del cells[0]["candidates"]["kernel"]["median_ms"]
-    cells[0]["candidates"] = {"kernel": {"median_ms": 2.0}}  # Triton's was not measured
-    assert choices.fastest(cells, "9.0") == [
-        Row("conv_backward", "9.0", "bfloat16", "any", 100, "native"),
-        Row("gate_forward", "9.0", "bfloat16", "channels_last", 100, "triton"),
-        Row("gate_forward", "9.0", "bfloat16", "planar", 400, "native"),
-        Row("pgd_step", "9.0", "float32", "any", 100, "triton"),
-    ]
-    cells.append(measured([1, 1, 1, 800], 1.0, 0.9))
-    cells.append(measured([1, 1, 1, 900], 1.0, 0.9))
-    planar = [row for row in choices.fastest(cells, "9.0") if row.layout == "planar"]
-    assert [(row.elements, row.backend) for row in planar] == [(400, "native"), (900, "triton")]
-
-
-def test_the_table_is_merged(choices, tmp_path, capsys):
-    results, table = tmp_path / "ops.json", tmp_path / "choices.csv"
-    device = {"type": "cuda", "capability": "9.0"}
-    results.write_text(json.dumps({"device": device, "results": [measured([1, 1, 1, 100], 2.0, 1.0)]}))
-    before = [
-        Row("gate_forward", "8.0", "bfloat16", "planar", 7, "native"),
-        Row("gate_forward", "9.0", "bfloat16", "planar", 7, "native"),
-        Row("gate_forward", "9.0", "bfloat16", "planar", 8, "triton"),
-        Row("gate_forward", "9.0", "float32", "planar", 7, "native"),
-    ]
-    table.write_text(choices.as_csv(before))
-    assert choices.main([str(results), "--out", str(table)]) == 0
-    after = [before[0], Row("gate_forward", "9.0", "bfloat16", "planar", 100, "triton"), before[3]]
-    assert read(table) == tuple(after)
-    assert "1 rows for capability 9.0, 2 others kept" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is not what ops.py writes"),
-        ('{"results": [{}], "device": {}}', "is not what ops.py writes (KeyError"),
-        ('{"results": [], "device": {"type": "cpu"}}', "was measured on a CPU"),
-        (None, "is not what ops.py writes (FileNotFoundError"),
-    ],
-)
-def test_other_files_are_refused(choices, tmp_path, capsys, content, message):
-    path = tmp_path / "ops.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(SystemExit) as stopped:
-        choices.main([str(path)])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_broken_table_is_not_overwritten(choices, tmp_path, capsys):
-    results, table = tmp_path / "ops.json", tmp_path / "choices.csv"
-    results.write_text(json.dumps({"device": {"capability": "9.0"}, "results": [measured([1, 1, 1, 1], 2.0, 1.0)]}))
-    table.write_text("something else\n")
-    with pytest.raises(SystemExit) as stopped:
-        choices.main([str(results), "--out", str(table)])
-    assert stopped.value.code == 2
-    assert "the columns must be" in capsys.readouterr().err
-    assert table.read_text() == "something else\n"
-
-
-def test_nothing_measured_writes_nothing(choices, tmp_path, capsys):
-    results = tmp_path / "ops.json"
-    results.write_text(json.dumps({"device": {"capability": "9.0"}, "results": []}))
-    assert choices.main([str(results), "--out", str(tmp_path / "choices.csv")]) == 1
-    assert list(tmp_path.iterdir()) == [results]
-
-
-# ---- the attack --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def attack(modules, monkeypatch):
-    monkeypatch.setattr(modules["timing"], "use_allocator", lambda name: None)  # would start pytest again
-    return modules["attack"]
-
-
-def run_attack(attack, path, *arguments):
-    tiny = ["--batch", "2", "--width", "4", "--steps", "3", "--threads", "1"]
-    tiny += ["--candidates", "native", "reference", "relu"]
-    return attack.main([*tiny, "--json", str(path), *arguments])
-
-
-def test_attack(attack, tmp_path, capsys):
-    path = tmp_path / "attack.json"
-    assert run_attack(attack, path, "--budget", "300") == 0
-    document = json.loads(path.read_text())
-    assert document["complete"] is True
-    assert [found["precision"] for found in document["results"]] == ["fp32", "bf16"]
-    for found in document["results"]:
-        assert list(found["candidates"]) == ["native", "reference", "relu"]
-        for times in found["candidates"].values():
-            assert 0 < times["p20_ms"] <= times["median_ms"] <= times["p80_ms"]
-            assert times["samples"] >= 3
-            assert times["images_per_second"] == pytest.approx(2e3 / times["median_ms"])
-        assert found["candidates"]["relu"]["ratio_to_relu"] == 1
-        assert found["candidates"]["reference"]["speedup_over_reference"] == 1
-    printed = capsys.readouterr().out
-    assert printed.count("reference") >= 2
-    assert "PGD iteration, ResNet-18, batch 2" in printed
-
-
-def test_an_iteration_is_timed_between_the_first_and_the_last(attack):
-    clock = attack.Clock(torch.device("cpu"))
-    clock.marks = [0.0, 1.0, 1.5, 2.0, 9.0]  # iterates 0 to 4
-    assert clock.iteration() == pytest.approx(0.5)
-
-
-def test_an_attack_by_wrong_kernels_is_not_timed(attack, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "attack.json"
-    monkeypatch.setattr(backends.module("native"), "gate_forward", lambda x, *_: torch.relu(x))
-    assert run_attack(attack, path, "--precision", "fp32") == attack.FAILED
-    document = json.loads(path.read_text())
-    assert list(document["results"][0]["candidates"]) == ["reference", "relu"]
-    assert "fp32: native computes a wrong logits" in document["failed"][0]
-    assert "native computes a wrong logits" in capsys.readouterr().err
-
-
-def test_an_attack_without_time(attack, tmp_path, capsys):
-    path = tmp_path / "attack.json"
-    assert run_attack(attack, path, "--budget", "0.001") == 0
-    document = json.loads(path.read_text())
-    assert (document["complete"], document["results"]) == (False, [])
-    assert document["not_measured"] == ["fp32: no time left", "bf16: no time left"]
 
 
 # ---- what needs a GPU says so ------------------------------------------------------------------------------

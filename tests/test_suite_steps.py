@@ -1,0 +1,161 @@
+"""The steps of benchmarks/device_suite.py, with other tools and tests in the place of the real ones."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import stat
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def modules():
+    sys.path.insert(0, str(FOLDER))
+    yield {name: importlib.import_module(name) for name in ("origin", "suite_runner", "suite_steps")}
+    sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture
+def job(modules, tmp_path):
+    for name in ("out", "scratch"):
+        (tmp_path / name).mkdir()
+    machine = {"capability": "9.0"}
+    return modules["suite_runner"].Job(
+        tmp_path / "out", tmp_path / "scratch", tmp_path / "log", time.monotonic() + 60, False, machine
+    )
+
+
+def test_failed_tests_are_named(modules, job, tmp_path):
+    """Also where a file of tests cannot be imported."""
+    (tmp_path / "test_a.py").write_text(
+        "import pytest\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2, 'one is not two'\n"
+        "def test_not_here(): pytest.skip('no')\n"
+        "@pytest.fixture\n"
+        "def broken(): raise OSError('no fixture')\n"
+        "def test_broken(broken): pass\n"
+    )
+    (tmp_path / "test_b.py").write_text("import no_such_module\n")
+    modules["suite_steps"]._pytest(job, "some", str(tmp_path), "--rootdir", str(tmp_path))
+    figures = job.figures
+    assert {key: figures[key] for key in ("passed", "failed", "errors", "skipped")} == {
+        "passed": 1,
+        "failed": 1,
+        "errors": 2,
+        "skipped": 1,
+    }
+    failures = "\n".join(figures["failures"])
+    for text in ("test_a.py::test_wrong: AssertionError: one is not two", "test_a.py::test_broken: ", "test_b"):
+        assert text in failures
+
+
+def fake_sanitizer(folder, monkeypatch, body):
+    tool = folder / "compute-sanitizer"
+    tool.write_text(f"#!{sys.executable}\nimport sys\ntool = sys.argv[sys.argv.index('--tool') + 1]\n{body}")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_faults_under_the_sanitizer(modules, job, tmp_path, monkeypatch):
+    fake_sanitizer(
+        tmp_path,
+        monkeypatch,
+        "assert sys.argv[sys.argv.index('--error-exitcode') + 1] == '99'\n"
+        "assert sys.argv[-4:] == ['--device', 'cuda', '--backend', sys.argv[-1]]\n"
+        "bad = tool == 'racecheck'\n"
+        "print('========= RACECHECK SUMMARY: 3 hazards' if bad else '========= ERROR SUMMARY: 0 errors')\n"
+        "sys.exit(99 if bad else 0)",
+    )
+    with pytest.raises(modules["suite_runner"].StepFailed, match="faults under racecheck native"):
+        modules["suite_steps"].sanitize(job)
+    assert job.figures == {
+        "memcheck native": "clean",
+        "racecheck native": "========= RACECHECK SUMMARY: 3 hazards",
+        "synccheck native": "clean",
+        "initcheck native": "clean",
+        "memcheck triton": "clean",
+    }
+    assert job.commands[0].count("--report-api-errors no") == 1
+
+
+def test_no_sanitizer(modules, job, tmp_path, monkeypatch):
+    steps, skipped = modules["suite_steps"], modules["suite_runner"].StepSkipped
+    monkeypatch.setattr(steps, "_SANITIZER", tmp_path / "none")
+    monkeypatch.setattr(steps.shutil, "which", lambda name: None)
+    with pytest.raises(skipped, match="compute-sanitizer is not installed here"):
+        steps.sanitize(job)
+    monkeypatch.undo()
+    fake_sanitizer(tmp_path, monkeypatch, "print('========= Error: Device not supported')\nsys.exit(1)")
+    with pytest.raises(skipped, match="does not support this device"):
+        steps.sanitize(job)
+
+
+def test_tools_for_which_no_time_is_left_are_named(modules, job, tmp_path, monkeypatch):
+    fake_sanitizer(tmp_path, monkeypatch, "import time\ntime.sleep(2 if tool == 'racecheck' else 0)")
+    job.deadline = time.monotonic() + 5
+    modules["suite_steps"].sanitize(job)
+    assert list(job.figures.values())[:2] == ["clean", "clean"]
+    assert "no time left" in job.figures.values()
+
+
+def test_what_a_benchmark_measured_before_it_was_stopped_is_kept(modules, job, tmp_path, monkeypatch):
+    steps = modules["suite_steps"]
+    times = {"median_ms": 1.0, "share_of_copy": 0.95}
+    cell = {"operation": "gate", "shape": [512, 64, 32, 32], "dtype": "bf16", "layout": "nchw", "direction": "forward"}
+    document = {
+        "results": [{**cell, "candidates": {"kernel": times, "triton_kernel": {**times, "share_of_copy": 0.9}}}],
+        "bars": [],
+        "failed": [],
+        "not_measured": [],
+        "ceilings": {"copy_gb_per_s": 3000.0, "empty_launch_us": 1.0},
+    }
+    monkeypatch.setattr(steps, "BENCHMARKS", tmp_path)
+    (tmp_path / "ops.py").write_text(
+        "import pathlib, sys, time\n"
+        f"pathlib.Path(sys.argv[sys.argv.index('--json') + 1]).write_text({json.dumps(document)!r})\n"
+        "time.sleep(600)\n"
+    )
+    job.deadline = time.monotonic() + 3
+    with pytest.raises(modules["suite_runner"].StepTimedOut, match="kept"):
+        steps.ops(job)
+    assert job.figures["shares"] == {"forward 512x64x32x32 bf16 nchw": {"native": 0.95, "triton": 0.9}}
+    assert "--device cuda" in job.commands[0]
+    assert "--budget" in job.commands[0]
+
+
+def test_choices_need_measurements(modules, job):
+    with pytest.raises(modules["suite_runner"].StepFailed, match=r"there is no ops\.json"):
+        modules["suite_steps"].choices(job)
+
+
+def test_long_logs_lose_their_middle(modules, tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"first\n" + b"x" * 2**23 + b"\nlast")
+    modules["suite_runner"].shorten(log)
+    content = log.read_bytes()
+    assert len(content) < 2**22 + 100
+    assert content.startswith(b"first\n")
+    assert content.endswith(b"\nlast")
+    assert b" bytes left out " in content
+
+
+def test_the_tree_is_its_sources(modules, tmp_path, monkeypatch):
+    origin = modules["origin"]
+    monkeypatch.setattr(origin, "ROOT", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "setup.py").write_text("1")
+    first = origin.tree()
+    (tmp_path / "csrc" / "a.so").write_text("built")
+    assert origin.tree() == first
+    (tmp_path / "csrc" / "a.cu").write_text("code")
+    assert origin.tree() != first
+    monkeypatch.setenv("SPARTA_COMMIT", "abc")
+    assert origin.commit() == {"hash": "abc", "changed": None}
