@@ -188,7 +188,10 @@ def test_shared_memory_that_nobody_wrote_is_nan(examples):
     ],
 )
 def test_a_stop_names_kernel_thread_and_line(examples, name, message):
-    with pytest.raises(Failed, match=rf"^emulated CUDA: .*{name}.*, block \(0, 0, 0\): .*{message}"):
+    with (
+        examples.order(ASCENDING),
+        pytest.raises(Failed, match=rf"^emulated CUDA: .*{name}.*, block \(0, 0, 0\): .*{message}"),
+    ):
         examples.run(name, numbers(64))
     values = numbers(64)
     assert torch.equal(examples.run("reverse", values), values.flip(0)), "the next launch is as good as ever"
@@ -225,10 +228,10 @@ def test_a_declaration_of_another_form_is_not_passed_over(declaration):
     ],
 )
 def test_a_launch_that_a_device_would_refuse_is_refused(examples, grid, block):
-    count = examples.last_launch().count
+    count = examples.last_launch().number
     with pytest.raises(Failed, match=r"^invalid configuration argument$"):
         examples.run("indices", torch.empty(0), grid, block, outputs=2048)
-    assert examples.last_launch().count == count
+    assert examples.last_launch().number == count
 
 
 def test_dynamic_shared_memory_above_48_kb_is_to_be_asked_for(examples):
@@ -309,11 +312,11 @@ def test_results_do_not_depend_on_the_device(cuda, operation):
 
 @EACH
 def test_a_launch_that_fails_raises_and_leaves_no_error_behind(cuda, operation):
-    count = cuda.last_launch().count
+    count = cuda.last_launch().number
     cuda.fail_next_launch(emulator.OUT_OF_RESOURCES)
     with pytest.raises(RuntimeError, match=r"^(gate|conv|pgd)_\w+: .*too many resources requested for launch"):
         operation()
-    assert cuda.last_launch().count == count
+    assert cuda.last_launch().number == count
     operation()
 
 

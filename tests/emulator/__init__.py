@@ -1,20 +1,38 @@
 """The project's CUDA kernels on the CPU, for tests.
 
-with emulated_native() as cuda:
-    sparta_gate(x, spatial, channel, backend="native")      # CPU tensors, CUDA kernels
-    assert cuda.last_launch().block[0] == 256
+csrc/cuda is compiled as plain C++, with cuda_runtime.h of this folder in place of NVIDIA's, and run by a scheduler that
+obeys what a device promises and nothing more:
+
+- threads of a block run one at a time, in an order that can be chosen, and give way only at barriers and shuffles; warps
+  do not proceed in step, and copies to shared memory arrive at once or not before they are waited for. A kernel whose
+  results differ between orders has a race.
+- shared memory is NaN at the start of every block, and nothing may be written beside its variables.
+- a barrier or shuffle that not everybody reaches raises an error with the kernel, the block, the thread and the line.
+- a launch that a device would refuse is refused, and a test can ask for the next one to fail.
+- sanitized.py does all that with every access checked.
+
+Not seen: the instructions under `#if defined(__CUDA_ARCH__)`, registers and launch bounds, what blocks see of each
+other's writes while they run, speed.
+
+    with emulated_native() as cuda:
+        sparta_gate(x, spatial, channel, backend="native")  # CPU tensors, CUDA kernels
+        assert cuda.last_launch().block[0] == 256
+
+Environment variables: those of build.py, and
+    SPARTA_EMULATOR_ORDER  the order where a test chooses none: 0 ascending, 1 descending, else a shuffled one's seed
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.machinery import ExtensionFileLoader
-from importlib.util import module_from_spec, spec_from_loader
+from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -23,13 +41,13 @@ from emulator import build
 
 ASCENDING, DESCENDING = 0, 1  # orders; any other number is the seed of a shuffled one
 ORDER = int(os.environ.get("SPARTA_EMULATOR_ORDER", ASCENDING))
-INVALID_VALUE, INVALID_CONFIGURATION, INVALID_DEVICE, OUT_OF_RESOURCES = 1, 9, 101, 701  # CUDA errors
+OUT_OF_RESOURCES = 701  # a CUDA error
 
 
 class Launch(NamedTuple):
-    """The last launch: how many there were with it, and what it asked for."""
+    """The last launch that was not refused: the how manieth it was, and what it asked for."""
 
-    count: int
+    number: int
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     dynamic_shared: int
@@ -66,15 +84,19 @@ class Emulator:
         return self.library.emulator_current_device()
 
     def last_launch(self) -> Launch:
-        numbers = (ctypes.c_int64 * 10)()
-        self.library.emulator_last_launch(numbers)
-        count, *rest = numbers
-        return Launch(count, tuple(rest[:3]), tuple(rest[3:6]), *rest[6:])
+        found = (ctypes.c_int64 * 10)()
+        self.library.emulator_last_launch(found)
+        number, gx, gy, gz, bx, by, bz, *rest = found
+        return Launch(number, (gx, gy, gz), (bx, by, bz), *rest)
 
 
 def unavailable() -> str | None:
     """Why the emulator cannot be built here; None where it can."""
-    return None if shutil.which(build.COMPILER) else f"the emulator needs a C++ compiler ({build.COMPILER})"
+    if platform.machine() not in ("x86_64", "AMD64", "aarch64"):
+        return f"the emulator does not know how to switch stacks on {platform.machine()}"
+    if not shutil.which(build.COMPILER):
+        return f"the emulator needs a C++ compiler ({build.COMPILER})"
+    return None if find_spec("pybind11") else "the emulator needs pybind11"
 
 
 @lru_cache(maxsize=1)
