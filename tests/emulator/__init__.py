@@ -3,9 +3,9 @@
 csrc/cuda is compiled as plain C++, with cuda_runtime.h of this folder in place of NVIDIA's, and run by a scheduler that
 obeys what a device promises and nothing more:
 
-- threads of a block run one at a time, in an order that can be chosen, and give way only at barriers and shuffles; warps
-  do not proceed in step, and copies to shared memory arrive at once or not before they are waited for. A kernel whose
-  results differ between orders has a race.
+- threads of a block run one at a time, in an order that can be chosen, and give way only at barriers and shuffles;
+  warps do not proceed in step, and copies to shared memory arrive at once or not before they are waited for. A kernel
+  whose results differ between orders has a race.
 - shared memory is NaN at the start of every block, and nothing may be written beside its variables.
 - a barrier or shuffle that not everybody reaches raises an error with the kernel, the block, the thread and the line.
 - a launch that a device would refuse is refused, and a test can ask for the next one to fail.
