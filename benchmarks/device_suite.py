@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return _run(parser, options, arguments, folder, started)
+    except KeyboardInterrupt:  # before the first step
+        return INTERRUPTED
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

