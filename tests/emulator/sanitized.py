@@ -1,9 +1,10 @@
 """Runs Python with the emulated kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python tests/emulator/sanitized.py -m pytest tests/test_gate.py -k emulated
+    python tests/emulator/sanitized.py -m pytest -s -k emulated tests/test_gate.py
     python tests/emulator/sanitized.py -c "..."
 
-Tensors, shared memory and the threads' stacks are all guarded. The first finding ends the process, with a report.
+Tensors, shared memory and the threads' stacks are all guarded. The first finding ends the process, with a report
+(which pytest keeps to itself without -s).
 """
 
 from __future__ import annotations
