@@ -111,13 +111,13 @@ def _as_found() -> Iterator[None]:
 
 
 class GuardedTorch:
-    """torch, for one module, with an `empty_like` whose memory is NaN and lies between two guards.
+    """torch, for one module, whose new memory is NaN and lies between two guards.
 
     A kernel that skips an element leaves a NaN in it; one that writes beside its output hurts a guard.
     """
 
     GUARD = 64  # elements on either side: a register of the widest instruction set, four times
-    VALUE = 12345.0
+    VALUE = 123.0  # fits in a byte
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
@@ -126,10 +126,16 @@ class GuardedTorch:
         return getattr(torch, name)
 
     def empty_like(self, model: Tensor, **options: Any) -> Tensor:
-        plain = torch.empty_like(model, **options)
+        return self._guarded(torch.empty_like(model, **options))
+
+    def empty(self, *size: Any, **options: Any) -> Tensor:
+        return self._guarded(torch.empty(*size, **options))
+
+    def _guarded(self, plain: Tensor) -> Tensor:
         room = plain.numel() + 2 * self.GUARD
         buffer = torch.full((room,), self.VALUE, dtype=plain.dtype, device=plain.device)
-        buffer[self.GUARD : self.GUARD + plain.numel()] = torch.nan
+        # All bits set is a NaN too: scratch memory is bytes here, and numbers to a kernel.
+        buffer[self.GUARD : self.GUARD + plain.numel()] = torch.nan if plain.is_floating_point() else 255
         self._buffers.append(buffer)
         return buffer.as_strided(plain.shape, plain.stride(), self.GUARD)
 
