@@ -22,7 +22,21 @@ _WORKERS = 6  # processes that test at once: each takes its own share of the GPU
 # Several test at once; and that a property fails is enough, without a search for the smallest example.
 _FOR_TESTS = {"OMP_NUM_THREADS": "2", "HYPOTHESIS_PROFILE": "mutants"}
 _MOST_FAILURES = 20  # that are told in full
-_TINY = ("--shape", "2,4,4,4", "--inputs", "2", "--seconds", "0.001", "--quick", "--threads", "1", "--dtype", "fp32")
+_TINY = (
+    "--shape",
+    "2,4,4,4",
+    "--inputs",
+    "2",
+    "--seconds",
+    "0.001",
+    "--quick",
+    "--threads",
+    "1",
+    "--dtype",
+    "fp32",
+    "--allocator",
+    "default",
+)
 _EVERYTHING = ("gate", "dynamic_conv", "pgd_step", "pgd_start")
 _MARGIN = 12.0  # seconds between a benchmark's budget and its step's limit: to start, to finish the last cell
 # compute-sanitizer's exit status where it has found errors.
@@ -324,7 +338,7 @@ def _json_line(output: str) -> Any:
 
 
 STEPS = {
-    "build": Step(build, limit=150, least=30, log="build.log"),
+    "build": Step(build, limit=200, least=30, log="build.log"),
     "test": Step(test, limit=170, least=60, log="test.log", needs=("build",)),
     "sanitize": Step(sanitize, limit=100, least=30, log="sanitize.log", needs=("build",)),
     "ops": Step(ops, limit=130, least=60, log="benchmarks.log", needs=("build",)),
