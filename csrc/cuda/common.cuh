@@ -170,14 +170,30 @@ SPARTA_DEVICE uint32_t narrow_two(float first, float second) {
 #endif
 }
 
-// An element of a small tensor, whatever its dtype.
-template <class Acc>
-SPARTA_DEVICE Acc read(const Dense& from, int64_t at) {
-  Acc value{};
+// An element of a small tensor as it lies in memory. Nobody waits for it before it is decoded.
+SPARTA_DEVICE uint64_t read_bits(const Dense& from, int64_t at) {
+  uint64_t bits = 0;
   with_type(from.dtype, [&](auto type) {
-    value = static_cast<Acc>(widen(static_cast<const decltype(type)*>(from.data)[at]));
+    std::conditional_t<sizeof type == 8, uint64_t, std::conditional_t<sizeof type == 4, uint32_t, uint16_t>> word;
+    memcpy(&word, static_cast<const decltype(type)*>(from.data) + at, sizeof word);
+    bits = word;
+  });
+  return bits;
+}
+
+template <class Acc>
+SPARTA_DEVICE Acc decode(DType dtype, uint64_t bits) {
+  Acc value{};
+  with_type(dtype, [&](auto type) {
+    memcpy(&type, &bits, sizeof type);
+    value = static_cast<Acc>(widen(type));
   });
   return value;
+}
+
+template <class Acc>
+SPARTA_DEVICE Acc read(const Dense& from, int64_t at) {
+  return decode<Acc>(from.dtype, read_bits(from, at));
 }
 
 template <class Acc>

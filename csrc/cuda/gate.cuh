@@ -17,17 +17,16 @@ constexpr int kMaxRows = 1024;  // of a block: their factors lie in shared memor
 template <class T, int vector>
 constexpr int kRing = vector == 1 ? 8 : sizeof(T) == 8 ? 2 : 4;
 
-// How a sample's matrix is cut into blocks of threads. A block has `lanes` threads side by side along a row, a power of
-// two, and `row_step()` such rows of threads one above the other.
+// How a sample's matrix is cut into blocks of threads. A block has `lanes` = 2^lane_bits threads side by side along a row,
+// and `row_step` such rows of threads one above the other.
 struct Tiles {
   int rows, cols;  // of a sample
   int width, share, cells_wide, cells;
   bool planar;
-  int threads, lanes;
+  int threads, lanes, lane_bits, row_step;
   int block_rows, block_cols;  // that a block works on, at most
   int row_blocks, col_blocks;  // in a sample, at least one
 
-  SPARTA_INLINE int row_step() const { return threads / lanes; }
   SPARTA_INLINE int64_t blocks() const { return int64_t{row_blocks} * col_blocks; }
 
   // Columns in blocks of `lanes` vectors; all rows in one block.
@@ -45,8 +44,10 @@ struct Tiles {
     const int64_t vectors = max(1, ceil_div(cols, vector)), block_vectors = ceil_div(vectors, ceil_div(vectors, kThreads));
     col_blocks = static_cast<int>(ceil_div(vectors, block_vectors));
     block_cols = static_cast<int>(block_vectors * vector);
-    for (lanes = 1; lanes < block_vectors;) lanes *= 2;
+    for (lane_bits = 0; 1 << lane_bits < block_vectors;) ++lane_bits;
+    lanes = 1 << lane_bits;
     for (threads = kThreads; threads > kWarp && threads / 2 >= lanes * max(1, rows);) threads /= 2;
+    row_step = threads / lanes;
     cut_rows(rows);
   }
   // Rows in blocks of at most `most`.
@@ -56,6 +57,10 @@ struct Tiles {
     row_blocks = static_cast<int>(max(1, ceil_div(rows, block_rows)));
   }
 };
+
+// A thread's place among the lanes of its row of threads, and which of these rows that is.
+SPARTA_DEVICE int lane_of(const Tiles& tiles) { return static_cast<int>(threadIdx.x) & (tiles.lanes - 1); }
+SPARTA_DEVICE int row_of(const Tiles& tiles) { return static_cast<int>(threadIdx.x) >> tiles.lane_bits; }
 
 // One block's place in the batch.
 struct Tile {
@@ -83,14 +88,35 @@ struct Tile {
   }
 };
 
+// Copies `count` small elements into shared memory, by `threads` threads. Several loads are under way at a time: a block
+// can only begin when they are done.
+template <class T, class Acc>
+SPARTA_DEVICE void fetch(const T* from, int count, Acc* to, int thread, int threads) {
+  constexpr int together = 4;
+#pragma unroll 1
+  for (int first = thread; first < count; first += together * threads) {
+    T values[together];
+#pragma unroll
+    for (int i = 0; i < together; ++i) {
+      const int at = first + i * threads;
+      values[i] = from[at < count ? at : first];
+    }
+#pragma unroll
+    for (int i = 0; i < together; ++i)
+      if (first + i * threads < count) to[first + i * threads] = static_cast<Acc>(widen(values[i]));
+  }
+}
+
 // The factors of a block's rows and columns as they are (a pixel has the value of its cell), fetched by the whole block,
-// which then has to wait for all its threads.
+// which then has to wait for all its threads. Even warps fetch the rows', odd ones the columns'.
 template <class Acc>
 SPARTA_DEVICE void fetch_factors(const Tiles& tiles, const Tile& tile, const Dense& spatial, const Dense& channel,
                                  Acc* row_factor, Acc* col_factor) {
+  const int warp = threadIdx.x / kWarp, teams = blockDim.x > kWarp ? 2 : 1;
+  const int thread = warp / teams * kWarp + threadIdx.x % kWarp, threads = blockDim.x / teams;
 #pragma unroll 1
-  for (int turn = 0; turn < 2; ++turn) {  // a loop, not a function called twice: it is long
-    const bool rows = turn == 0, pixels = rows != tiles.planar;
+  for (int team = warp % teams; team < 2; team += teams) {
+    const bool rows = team == 0, pixels = rows != tiles.planar;
     const int first = rows ? tile.first_row : tile.first_col, count = rows ? tile.rows : tile.cols;
     Acc* to = rows ? row_factor : col_factor;
     const void* data = pixels ? spatial.data : channel.data;
@@ -98,12 +124,10 @@ SPARTA_DEVICE void fetch_factors(const Tiles& tiles, const Tile& tile, const Den
     with_type(pixels ? spatial.dtype : channel.dtype, [&](auto type) {
       const auto* from = static_cast<const decltype(type)*>(data) + start;
       if (!pixels || tiles.share == 1) {
-        from += first;
-#pragma unroll 4
-        for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = static_cast<Acc>(widen(from[i]));
+        fetch(from + first, count, to, thread, threads);
       } else {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        for (int i = thread; i < count; i += threads) {
           const unsigned pixel = first + i, h = pixel / tiles.width, w = pixel % tiles.width;
           to[i] = static_cast<Acc>(widen(from[h / tiles.share * tiles.cells_wide + w / tiles.share]));
         }
@@ -112,11 +136,20 @@ SPARTA_DEVICE void fetch_factors(const Tiles& tiles, const Tile& tile, const Den
   }
 }
 
-// The kernel of a sample, 1 where there is none.
-template <class Acc>
-SPARTA_DEVICE Acc kernel_of(const Dense& kernel, int64_t sample) {
-  return kernel.data == nullptr ? Acc{1} : read<Acc>(kernel, sample);
-}
+// The kernel of a sample, 1 where there is none: sent for first, decoded when it is needed.
+class SampleKernel {
+ public:
+  SPARTA_DEVICE SampleKernel(const Dense& kernel, int64_t sample)
+      : bits_(kernel.data == nullptr ? 0 : read_bits(kernel, sample)) {}
+
+  template <class Acc>
+  SPARTA_DEVICE Acc value(const Dense& kernel) const {
+    return kernel.data == nullptr ? Acc{1} : decode<Acc>(kernel.dtype, bits_);
+  }
+
+ private:
+  uint64_t bits_;
+};
 
 // Whether an image is read and written in vectors of T. Strides between fewer than two samples or rows say nothing.
 template <class T>

@@ -49,10 +49,9 @@ SPARTA_DEVICE Sums<Acc> choose(bool first, const Sums<Acc>& a, const Sums<Acc>& 
 }
 
 template <class Acc>
-SPARTA_DEVICE void finish_cells(const GateBackward& args, const Tiles& tiles, int64_t sample, int first, int last,
-                                const Sums<Acc>& of_pixels) {
+SPARTA_DEVICE void finish_cells(const GateBackward& args, const Tiles& tiles, int64_t sample, Acc kernel, int first,
+                                int last, const Sums<Acc>& of_pixels) {
   if (args.grad_spatial.data == nullptr) return;
-  const Acc kernel = kernel_of<Acc>(args.kernel, sample);
   const int team = tiles.share > 4 ? kWarp : 1;  // a warp sums a large cell, a thread a small one
 #pragma unroll 1
   for (int cell = first + threadIdx.x / team; cell < last; cell += blockDim.x / team) {
@@ -75,9 +74,9 @@ SPARTA_DEVICE void finish_cells(const GateBackward& args, const Tiles& tiles, in
 
 // By a whole block; `memory` is shared, and has room for a number a warp.
 template <class Acc>
-SPARTA_DEVICE void finish_channels(const GateBackward& args, int64_t sample, const Sums<Acc>& of_channels, Acc* memory) {
+SPARTA_DEVICE void finish_channels(const GateBackward& args, int64_t sample, Acc kernel, const Sums<Acc>& of_channels,
+                                   Acc* memory) {
   const int channels = static_cast<int>(args.shape.channels);
-  const Acc kernel = kernel_of<Acc>(args.kernel, sample);
   Acc grad_kernel = 0;
 #pragma unroll 1
   for (int c = threadIdx.x; c < channels; c += blockDim.x) {
@@ -110,10 +109,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : vector == 1 ? 3
   __shared__ Acc row_slots[kMaxRows];  // a row's sum from every warp that works on it
 
   const Tile tile(tiles);
-  const int lanes = tiles.lanes, step = tiles.row_step();
-  const int lane = threadIdx.x % lanes, col = lane * vector;
+  const int step = tiles.row_step, lane = lane_of(tiles), col = lane * vector;
   const int rows = col < tile.cols ? tile.rows : 0;  // of this thread's columns
-  int row = threadIdx.x / lanes;
+  int row = row_of(tiles);
   const T* x = tile.template at<const T>(args.x, row, col);
   const T* gy = tile.template at<const T>(args.gy, row, col);
   T* gx = tile.template at<T>(args.gx, row, col);
@@ -130,9 +128,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : vector == 1 ? 3
 #pragma unroll
   for (int i = 0; i < ring; ++i) send_for(i, row + i * step);
 
-  const Acc scale = static_cast<Acc>(kLogitScale) * kernel_of<Acc>(args.kernel, tile.sample);
+  const SampleKernel sample_kernel(args.kernel, tile.sample);
   fetch_factors(tiles, tile, args.spatial, args.channel, row_factor, col_slots);
   __syncthreads();
+  const Acc scale = static_cast<Acc>(kLogitScale) * sample_kernel.value<Acc>(args.kernel);
   Acc col_factor[vector], col_sum[vector];
 #pragma unroll
   for (int j = 0; j < vector; ++j) {
@@ -142,8 +141,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : vector == 1 ? 3
   __syncthreads();  // before sums are written over the factors
 
   // A row is summed by `near` lanes of a warp, and by `across` warps.
-  const int near = lanes < kWarp ? lanes : kWarp, across = lanes / near;
-  const int slot = lane % near == 0 ? lane / near : -1;
+  const bool wide = tiles.lanes > kWarp;
+  const int near = wide ? kWarp : tiles.lanes, across = wide ? tiles.lanes / kWarp : 1;
+  const int slot = (lane & (near - 1)) == 0 ? lane / kWarp : -1;
 #pragma unroll 1
   for (int first = 0; first < tile.rows; first += ring * step) {
     Acc row_sum[ring];
@@ -177,17 +177,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : vector == 1 ? 3
     row += ring * step;
   }
 
+  const SampleKernel kernel_again(args.kernel, tile.sample);  // it would have taken a register all the time
   // Columns: over the rows of a warp here, over the block's warps where the sum is used.
   sum_lanes(col_sum, near, kWarp);
   if (threadIdx.x % kWarp < near && col < tile.cols) {
-    const int line = threadIdx.x / (near * across > kWarp ? lanes : kWarp);
+    const int line = wide ? row_of(tiles) : static_cast<int>(threadIdx.x) / kWarp;
 #pragma unroll
     for (int j = 0; j < vector; ++j) col_slots[line * tiles.block_cols + col + j] = col_sum[j];
   }
   __syncthreads();
 
   const Sums<Acc> of_rows{row_slots, across, across, 1};
-  const Sums<Acc> of_cols{col_slots, 1, static_cast<int>(blockDim.x) / (lanes > kWarp ? lanes : kWarp), tiles.block_cols};
+  const Sums<Acc> of_cols{col_slots, 1, wide ? step : static_cast<int>(blockDim.x) / kWarp, tiles.block_cols};
   if (tiles.blocks() > 1) {
     Acc* cols = partials.cols + (tile.sample * tiles.row_blocks + tile.row_block) * tiles.cols + tile.first_col;
     Acc* rows = partials.rows + (tile.sample * tiles.col_blocks + tile.col_block) * tiles.rows + tile.first_row;
@@ -196,8 +197,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : vector == 1 ? 3
 #pragma unroll 1
     for (int r = threadIdx.x; r < tile.rows; r += blockDim.x) rows[r] = of_rows.of(r);
   } else {
-    finish_cells(args, tiles, tile.sample, 0, tiles.cells, choose(tiles.planar, of_cols, of_rows));
-    finish_channels(args, tile.sample, choose(tiles.planar, of_rows, of_cols), row_factor);
+    const Acc kernel = kernel_again.value<Acc>(args.kernel);
+    finish_cells(args, tiles, tile.sample, kernel, 0, tiles.cells, choose(tiles.planar, of_cols, of_rows));
+    finish_channels(args, tile.sample, kernel, choose(tiles.planar, of_rows, of_cols), row_factor);
   }
 }
 
@@ -210,14 +212,15 @@ __global__ void __launch_bounds__(kThreads, 4)
   __shared__ Acc memory[kThreads / kWarp];
   const int64_t sample = blockIdx.x / blocks;
   const int block = static_cast<int>(blockIdx.x % blocks);
+  const Acc kernel = SampleKernel(args.kernel, sample).value<Acc>(args.kernel);
   const Sums<Acc> of_cols{partials.cols + sample * tiles.row_blocks * tiles.cols, 1, tiles.row_blocks, tiles.cols};
   const Sums<Acc> of_rows{partials.rows + sample * tiles.col_blocks * tiles.rows, 1, tiles.col_blocks, tiles.rows};
   if (block == 0) {
-    finish_channels(args, sample, choose(tiles.planar, of_rows, of_cols), memory);
+    finish_channels(args, sample, kernel, choose(tiles.planar, of_rows, of_cols), memory);
   } else {
     const int first = (block - 1) * block_cells;
     const int last = tiles.cells - first < block_cells ? tiles.cells : first + block_cells;
-    finish_cells(args, tiles, sample, first, last, choose(tiles.planar, of_cols, of_rows));
+    finish_cells(args, tiles, sample, kernel, first, last, choose(tiles.planar, of_cols, of_rows));
   }
 }
 
@@ -227,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 Tiles backward_tiles(const GateShape& s, int vector, int batch) {
   constexpr int64_t most_elements = 1 << 17, enough_blocks = 255;
   Tiles tiles("gate_backward", s, vector);
-  const int64_t across = max(1, tiles.lanes / kWarp), batch_rows = int64_t{batch} * tiles.row_step();
+  const int64_t across = max(1, tiles.lanes / kWarp), batch_rows = int64_t{batch} * tiles.row_step;
   const int64_t most_rows = min(kMaxRows / across, max(batch_rows, most_elements / tiles.block_cols));
   const int64_t wanted_blocks = max(1, enough_blocks / max(1, s.samples * tiles.col_blocks));
   tiles.cut_rows(min(most_rows, max(batch_rows, ceil_div(tiles.rows, wanted_blocks))));
@@ -239,7 +242,7 @@ void backward(const GateBackward& args) {
   using Acc = typename Accumulator<T>::type;
   const GateShape& s = args.shape;
   const Tiles tiles = backward_tiles(s, vector, kRing<T, vector>);
-  const int64_t step = tiles.row_step();
+  const int64_t step = tiles.row_step;
   const Partials<Acc> partials(args.scratch, tiles, s.samples);
   launch("gate_backward", args.place, s.samples * tiles.blocks(), tiles.threads, backward_kernel<T, vector>, args, tiles,
          Steps{step * args.x.row_stride, step * args.gy.row_stride, step * args.gx.row_stride}, partials);

@@ -10,7 +10,7 @@ struct Steps {
 };
 
 template <class T, int vector>
-__global__ void __launch_bounds__(kThreads, 4) forward_kernel(GateForward args, Tiles tiles, Steps steps) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || vector == 1 ? 3 : 5) forward_kernel(GateForward args, Tiles tiles, Steps steps) {
   using Acc = typename Accumulator<T>::type;
   constexpr int ring = kRing<T, vector>;
   using Rows = Ring<T, vector, ring>;
@@ -19,10 +19,9 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(GateForward args, 
   __shared__ Acc row_factor[kMaxRows];
 
   const Tile tile(tiles);
-  const int lane = threadIdx.x % tiles.lanes, step = tiles.row_step();
-  const int col = lane * vector;
+  const int step = tiles.row_step, col = lane_of(tiles) * vector;
   const int rows = col < tile.cols ? tile.rows : 0;  // of this thread's columns
-  int row = threadIdx.x / tiles.lanes;
+  int row = row_of(tiles);
   const T* x = tile.template at<const T>(args.x, row, col);
   T* y = tile.template at<T>(args.y, row, col);
 
@@ -36,9 +35,10 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(GateForward args, 
 #pragma unroll
   for (int i = 0; i < ring; ++i) send_for(i, row + i * step);
 
-  const Acc scale = static_cast<Acc>(kLogitScale) * kernel_of<Acc>(args.kernel, tile.sample);
+  const SampleKernel kernel(args.kernel, tile.sample);
   fetch_factors(tiles, tile, args.spatial, args.channel, row_factor, col_factor);
   __syncthreads();
+  const Acc scale = static_cast<Acc>(kLogitScale) * kernel.value<Acc>(args.kernel);
   Acc cols[vector];
 #pragma unroll
   for (int j = 0; j < vector; ++j) cols[j] = col_factor[col + j];
@@ -65,11 +65,11 @@ void forward(const GateForward& args) {
   Tiles tiles("gate_forward", args.shape, vector);
   if (tiles.rows == 0 || tiles.cols == 0) return;
   // Two batches a thread: enough that fetching factors does not show. One where that leaves multiprocessors idle.
-  const int64_t batch_rows = int64_t{kRing<T, vector>} * tiles.row_step();
+  const int64_t batch_rows = int64_t{kRing<T, vector>} * tiles.row_step;
   tiles.cut_rows(2 * batch_rows);
   if (args.shape.samples * tiles.blocks() < 1024) tiles.cut_rows(batch_rows);
   launch("gate_forward", args.place, args.shape.samples * tiles.blocks(), tiles.threads, forward_kernel<T, vector>, args,
-         tiles, Steps{tiles.row_step() * args.x.row_stride, tiles.row_step() * args.y.row_stride});
+         tiles, Steps{tiles.row_step * args.x.row_stride, tiles.row_step * args.y.row_stride});
 }
 
 }  // namespace
