@@ -409,6 +409,7 @@ def test_double_backward_of_a_function_of_one_tensor():
 FAR = 2**31 + 72  # elements; a signed 32-bit index would be negative
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 1, 3, 7), (1, 2, 3, 7)], ids=["samples", "rows"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_strides_past_2_to_the_31(backend, monkeypatch, shape, channels_last):
