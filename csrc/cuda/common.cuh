@@ -16,6 +16,10 @@
 
 #define SPARTA_DEVICE __device__ __forceinline__
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "the kernels need CUDA devices of compute capability 8.0 or newer: set SPARTA_CUDA_ARCHS accordingly"
+#endif
+
 namespace sparta {
 namespace cuda {
 
@@ -293,6 +297,18 @@ class Ring {
 template <class T, int count>
 SPARTA_DEVICE void store(T* to, const Pack<T, count>& pack) {
   *reinterpret_cast<Pack<T, count>*>(to) = pack;
+}
+
+// Numbers in shared memory, as many at a time as an instruction takes; `to` is aligned to as many.
+template <int count, class Acc>
+SPARTA_DEVICE void store_all(Acc* to, const Acc (&values)[count]) {
+  constexpr int together = count < kVector<Acc> ? count : kVector<Acc>;
+#pragma unroll
+  for (int i = 0; i < count; i += together) {
+    Pack<Acc, together> pack;
+    memcpy(pack.words, values + i, sizeof pack);
+    store(to + i, pack);
+  }
 }
 
 template <class T, int count, class Acc>

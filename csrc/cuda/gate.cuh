@@ -88,51 +88,43 @@ struct Tile {
   }
 };
 
-// Copies `count` small elements into shared memory, by `threads` threads. Several loads are under way at a time: a block
-// can only begin when they are done.
-template <class T, class Acc>
-SPARTA_DEVICE void fetch(const T* from, int count, Acc* to, int thread, int threads) {
-  constexpr int together = 4;
-#pragma unroll 1
-  for (int first = thread; first < count; first += together * threads) {
-    T values[together];
-#pragma unroll
-    for (int i = 0; i < together; ++i) {
-      const int at = first + i * threads;
-      values[i] = from[at < count ? at : first];
-    }
-#pragma unroll
-    for (int i = 0; i < together; ++i)
-      if (first + i * threads < count) to[first + i * threads] = static_cast<Acc>(widen(values[i]));
-  }
-}
-
 // The factors of a block's rows and columns as they are (a pixel has the value of its cell), fetched by the whole block,
-// which then has to wait for all its threads. Even warps fetch the rows', odd ones the columns'.
+// which then has to wait for all its threads. Even warps fetch the rows', odd ones the columns', four at a time: a block
+// can only begin when it has them all.
 template <class Acc>
 SPARTA_DEVICE void fetch_factors(const Tiles& tiles, const Tile& tile, const Dense& spatial, const Dense& channel,
                                  Acc* row_factor, Acc* col_factor) {
+  constexpr int together = 4;
   const int warp = threadIdx.x / kWarp, teams = blockDim.x > kWarp ? 2 : 1;
   const int thread = warp / teams * kWarp + threadIdx.x % kWarp, threads = blockDim.x / teams;
 #pragma unroll 1
   for (int team = warp % teams; team < 2; team += teams) {
-    const bool rows = team == 0, pixels = rows != tiles.planar;
+    const bool rows = team == 0, pixels = rows != tiles.planar, spread = pixels && tiles.share > 1;
     const int first = rows ? tile.first_row : tile.first_col, count = rows ? tile.rows : tile.cols;
     Acc* to = rows ? row_factor : col_factor;
-    const void* data = pixels ? spatial.data : channel.data;
+    const Dense& small = pixels ? spatial : channel;
     const int64_t start = tile.sample * (pixels ? tiles.cells : rows ? tiles.rows : tiles.cols);
-    with_type(pixels ? spatial.dtype : channel.dtype, [&](auto type) {
-      const auto* from = static_cast<const decltype(type)*>(data) + start;
-      if (!pixels || tiles.share == 1) {
-        fetch(from + first, count, to, thread, threads);
-      } else {
 #pragma unroll 1
-        for (int i = thread; i < count; i += threads) {
-          const unsigned pixel = first + i, h = pixel / tiles.width, w = pixel % tiles.width;
-          to[i] = static_cast<Acc>(widen(from[h / tiles.share * tiles.cells_wide + w / tiles.share]));
+    for (int i = thread; i < count; i += together * threads) {
+      unsigned at[together];
+#pragma unroll
+      for (int k = 0; k < together; ++k) {
+        at[k] = first + (i + k * threads < count ? i + k * threads : i);
+        if (spread) {
+          const unsigned h = at[k] / tiles.width, w = at[k] % tiles.width;
+          at[k] = h / tiles.share * tiles.cells_wide + w / tiles.share;
         }
       }
-    });
+      with_type(small.dtype, [&](auto type) {
+        const auto* from = static_cast<const decltype(type)*>(small.data) + start;
+        decltype(type) values[together];
+#pragma unroll
+        for (int k = 0; k < together; ++k) values[k] = from[at[k]];
+#pragma unroll
+        for (int k = 0; k < together; ++k)
+          if (i + k * threads < count) to[i + k * threads] = static_cast<Acc>(widen(values[k]));
+      });
+    }
   }
 }
 

@@ -182,8 +182,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : vector == 1 ? 3
   sum_lanes(col_sum, near, kWarp);
   if (threadIdx.x % kWarp < near && col < tile.cols) {
     const int line = wide ? row_of(tiles) : static_cast<int>(threadIdx.x) / kWarp;
-#pragma unroll
-    for (int j = 0; j < vector; ++j) col_slots[line * tiles.block_cols + col + j] = col_sum[j];
+    store_all(col_slots + line * tiles.block_cols + col, col_sum);
   }
   __syncthreads();
 
