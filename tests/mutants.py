@@ -38,13 +38,14 @@ COPIED = (
 
 @dataclass(frozen=True)
 class Fault:
-    """`old`, found once in `file`, becomes `new`; one of `tests` must fail."""
+    """`old`, found once in `file`, becomes `new`; one of `tests`, of those that `only` names, must fail."""
 
     name: str
     file: str
     old: str
     new: str
     tests: str
+    only: str = "not emulated and not triton"  # as pytest's -k
 
 
 GATE, CONV, PGD = "tests/test_gate.py", "tests/test_dynamic_conv.py", "tests/test_pgd_ops.py"
@@ -58,6 +59,10 @@ LIBRARY, LAYOUT, NATIVE, OPS = (
     "sparta_kernels/backends/native.py",
     "sparta_kernels/ops",
 )
+
+ORDERS = "tests/test_emulated_cuda.py"
+CUDA, TRITON = "csrc/cuda", "sparta_kernels/backends/triton"
+EMULATED, INTERPRETED = "emulated", "triton"  # `only` the tests on the CUDA kernels, and on Triton's
 
 FAULTS = [
     # Python, which needs no build.
@@ -115,6 +120,29 @@ FAULTS = [
         PGD,
     ),
     Fault("start-order", "csrc/cpu/pgd.cpp", "element % 4])", "3 - element % 4])", PGD),
+    # The CUDA kernels.
+    Fault("cuda-stride", f"{CUDA}/gate.cuh", "sample * m.sample_stride", "sample * m.row_stride", GATE, EMULATED),
+    Fault(
+        "cuda-cell",
+        f"{CUDA}/gate_backward.cu",
+        "cell / tiles.cells_wide * tiles.share,",
+        "cell / tiles.cells_wide,",
+        GATE,
+        EMULATED,
+    ),
+    Fault(
+        "cuda-barrier",
+        f"{CUDA}/gate_backward.cu",
+        "__syncthreads();  // before sums are written over the factors",
+        "",
+        ORDERS,
+        "order",
+    ),
+    Fault("cuda-lanes", f"{CUDA}/gate_backward.cu", "sum_lanes(col_sum, near, kWarp);", "", GATE, EMULATED),
+    Fault("cuda-kernel", f"{CUDA}/gate_backward.cu", "kernel * sum[0]", "sum[0]", GATE, EMULATED),
+    Fault("cuda-scratch", f"{CUDA}/gate_backward.cu", "tiles.col_blocks * tiles.rows);", "1);", GATE, EMULATED),
+    Fault("cuda-wait", f"{CUDA}/gate_forward.cu", "wait<ring - 1>()", "wait<ring>()", ORDERS, "order"),
+    # Triton's.
     # Conv5.
     Fault("conv-not-flipped", "csrc/cpu/conv.cpp", "= kernel[taps - 1 - i]", "= kernel[i]", CONV),
     Fault("conv-border", "csrc/cpu/conv.cpp", "input.row(h + i) + j;", "input.row(h + j) + i;", CONV),
@@ -201,9 +229,9 @@ class Copy:
     def build(self) -> None:
         self.run(["cmake", "--build", "build", "--target", "install"])
 
-    def first_failure(self, tests: list[str]) -> str | None:
+    def first_failure(self, tests: list[str], only: str) -> str | None:
         """The first test that fails, or None."""
-        options = ["-x", "-q", "-rf", "--tb=no", "--no-header", "-m", "not slow", "-p", "no:cacheprovider"]
+        options = ["-x", "-q", "-rf", "--tb=no", "--no-header", "-m", "not slow", "-p", "no:cacheprovider", "-k", only]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *tests],
             cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False,
@@ -222,12 +250,12 @@ def plant(copy: Copy, fault: Fault) -> str | None:
     """The test that catches the fault, or None."""
     path = copy.folder / fault.file
     text = path.read_text()
-    compiled = not fault.file.endswith(".py")
+    compiled = not fault.file.endswith(".py") and not fault.file.startswith(CUDA)  # the emulator builds itself
     path.write_text(text.replace(fault.old, fault.new))
     try:
         if compiled:
             copy.build()
-        return copy.first_failure([fault.tests])
+        return copy.first_failure([fault.tests], fault.only)
     finally:
         path.write_text(text)
 
@@ -261,8 +289,9 @@ def main(arguments: list[str] | None = None) -> int:
     survivors = []
     with tempfile.TemporaryDirectory(prefix="sparta-mutants-") as folder:
         copy = Copy(Path(folder))
-        if failed := copy.first_failure(sorted({fault.tests for fault in faults})):
-            stop(f"{failed} fails without a fault")
+        for only in sorted({fault.only for fault in faults}):
+            if failed := copy.first_failure(sorted({fault.tests for fault in faults if fault.only == only}), only):
+                stop(f"{failed} fails without a fault")
         print(f"built and tested without a fault: {time.monotonic() - started:.0f} s", flush=True)
         for fault in faults:
             begun = time.monotonic()
