@@ -1,7 +1,7 @@
 // Where the kernels meet CUDA: launches, vectors of elements, small tensors of any dtype, sums over warps and blocks.
 //
-// Instructions that C++ has no word for stand under `#if defined(__CUDA_ARCH__)`, each beside plain C++ that computes the
-// same: the kernels also compile for, and run on, a CPU (tests/emulator).
+// Instructions that C++ has no word for stand under `#if defined(__CUDA_ARCH__)`, each beside plain C++ that computes
+// the same: the kernels also compile for, and run on, a CPU (tests/emulator).
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -31,7 +31,7 @@ SPARTA_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b
 SPARTA_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 SPARTA_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- launches --------------------------------------------------------------------------------------------------------
+// ---- launches ---------------------------------------------------------------------------------------------
 
 inline void check(const char* operation, const char* what, cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -65,7 +65,8 @@ void launch(const char* operation, const Place& place, int64_t blocks, int threa
             const std::common_type_t<Parameters>&... args) {
   if (blocks == 0) return;
   if (blocks > 0x7fffffff)
-    throw std::runtime_error(std::string(operation) + ": needs " + std::to_string(blocks) + " blocks, more than CUDA has");
+    throw std::runtime_error(std::string(operation) + ": CUDA launches at most 2^31 - 1 blocks, but this takes " +
+                             std::to_string(blocks));
   const CurrentDevice device(operation, place.device);
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
   check(operation, "CUDA launch",
@@ -73,7 +74,7 @@ void launch(const char* operation, const Place& place, int64_t blocks, int threa
                          static_cast<cudaStream_t>(place.stream)));
 }
 
-// ---- elements --------------------------------------------------------------------------------------------------------
+// ---- elements ---------------------------------------------------------------------------------------------
 
 // Calls body(T{}) with the C++ type of dtype. For the host and for devices, as the body is.
 #if defined(__CUDACC__)
@@ -149,7 +150,8 @@ struct Narrow<float16> {
     } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
       half = 0x7c00u;
     } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves it, rounded, in units of 2^-24
-      half = static_cast<uint32_t>(Bits<float>::of(Bits<float>::to(static_cast<int32_t>(magnitude)) + 0.5f)) - 0x3f000000u;
+      const float shifted = Bits<float>::to(static_cast<int32_t>(magnitude)) + 0.5f;
+      half = static_cast<uint32_t>(Bits<float>::of(shifted)) - 0x3f000000u;
     } else {
       half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - ((127u - 15u) << 23)) >> 13;
     }
@@ -208,7 +210,7 @@ SPARTA_DEVICE void write(const Dense& to, int64_t at, Acc value) {
   });
 }
 
-// ---- vectors of elements ---------------------------------------------------------------------------------------------
+// ---- vectors of elements ----------------------------------------------------------------------------------
 
 // Elements that are read and written by one instruction, in words as registers hold them.
 template <class T, int count>
@@ -237,8 +239,8 @@ SPARTA_DEVICE Pack<T, count> read_once(const T* from) {
   return pack;
 }
 
-// Vectors on their way from memory to one thread, `places` of them at most. Those of 16 bytes wait in shared memory, where
-// they take no registers and no compiler can move the loads to where they are used; smaller ones in registers.
+// Vectors on their way from memory to one thread, `places` of them at most. Those of 16 bytes wait in shared memory,
+// where they take no registers and no compiler can move the loads to where they are used; smaller ones in registers.
 template <class T, int count, int places>
 class Ring {
  public:
@@ -336,10 +338,10 @@ SPARTA_DEVICE Pack<T, count> narrow_all(const Acc (&values)[count]) {
   return pack;
 }
 
-// ---- sums ------------------------------------------------------------------------------------------------------------
+// ---- sums -------------------------------------------------------------------------------------------------
 
-// Sums over the lanes of a warp whose numbers differ in the bits from `low` to below `high` alone (powers of two), in each
-// of them.
+// Sums over the lanes of a warp whose numbers differ in the bits from `low` to below `high` alone (powers of two), in
+// each of them.
 template <int count, class Acc>
 SPARTA_DEVICE void sum_lanes(Acc (&values)[count], int low, int high) {
 #pragma unroll 1

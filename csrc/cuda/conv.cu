@@ -1,5 +1,5 @@
-// dynamic_conv on a CUDA device: a K x K cross-correlation on one channel with a kernel of its own for every sample (Conv5
-// of the earlier paper). It moves 1/C of what the gate does, so it is written for any dtypes and sizes, and plainly.
+// dynamic_conv on a CUDA device: a K x K cross-correlation on one channel with a kernel of its own for every sample
+// (Conv5 of the earlier paper). It moves 1/C of what the gate does, so it is written for any dtypes and sizes, plainly.
 #include "common.cuh"
 
 namespace sparta {
@@ -48,11 +48,11 @@ __global__ void __launch_bounds__(kThreads, 4)
   write(output, first + pixel, total);
 }
 
-// A tap of a sample is a block: the sum over pixels of grad_output[h, w] * input[h + i - K/2, w + j - K/2]. The block is
-// `across` threads wide and blockDim.x / across high, and walks over the map.
+// A tap of a sample is a block: the sum over pixels of grad_output[h, w] * input[h + i - K/2, w + j - K/2]. The block
+// is `across` threads wide and blockDim.x / across high, and walks over the map.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
-    grad_kernel_kernel(Map map, int across, Dense grad_output, Dense input, Dense grad_kernel) {
+    grad_tap_kernel(Map map, int across, Dense grad_output, Dense input, Dense grad_kernel) {
   __shared__ Acc memory[kThreads / kWarp];
   const int64_t sample = blockIdx.x / map.taps(), first = sample * map.pixels();
   const int tap = static_cast<int>(blockIdx.x % map.taps());
@@ -88,7 +88,7 @@ void backward(const ConvBackward& args) {
   if (args.grad_spatial.data != nullptr)
     correlate<Acc>(operation, args.place, args.shape, args.grad_output, args.kernel, args.grad_spatial, true);
   if (args.grad_kernel.data != nullptr)
-    launch(operation, args.place, args.shape.samples * map.taps(), kThreads, grad_kernel_kernel<Acc>, map,
+    launch(operation, args.place, args.shape.samples * map.taps(), kThreads, grad_tap_kernel<Acc>, map,
            smaller(kThreads, larger(1, map.width)), args.grad_output, args.spatial, args.grad_kernel);
 }
 

@@ -1,9 +1,9 @@
 // What the gate's two passes share on a CUDA device.
 //
 // z = s[pixel] * channel[channel] is an outer product, so the two memory formats are the same problem with the roles of
-// pixel and channel exchanged. The kernels speak of rows and columns of one matrix a sample: its rows are contiguous, and
-// `row factor * column factor` is the sigmoid's argument. A thread works on one vector of columns, whose factors it keeps in
-// registers, and on many rows, whose factors the block keeps in shared memory.
+// pixel and channel exchanged. The kernels speak of rows and columns of one matrix a sample: its rows are contiguous,
+// and `row factor * column factor` is the sigmoid's argument. A thread works on one vector of columns, whose factors it
+// keeps in registers, and on many rows, whose factors the block keeps in shared memory.
 #pragma once
 
 #include "common.cuh"
@@ -15,10 +15,10 @@ constexpr int kMaxRows = 1024;  // of a block: their factors lie in shared memor
 
 // Rows that a thread has in flight.
 template <class T, int vector>
-constexpr int kRing = vector == 1 ? 8 : sizeof(T) == 8 ? 2 : 4;
+constexpr int kRing = vector == 1 ? 8 : (sizeof(T) == 8 ? 2 : 4);
 
-// How a sample's matrix is cut into blocks of threads. A block has `lanes` = 2^lane_bits threads side by side along a row,
-// and `row_step` such rows of threads one above the other.
+// How a sample's matrix is cut into blocks of threads. A block has `lanes` = 2^lane_bits threads side by side along a
+// row, and `row_step` such lines of threads one below the other.
 struct Tiles {
   int rows, cols;  // of a sample
   int width, share, cells_wide, cells;
@@ -32,7 +32,7 @@ struct Tiles {
   // Columns in blocks of `lanes` vectors; all rows in one block.
   Tiles(const char* operation, const GateShape& s, int vector) : planar(s.planar) {
     if (max(s.channels, s.pixels()) > 0x7fffffff)
-      throw std::runtime_error(std::string(operation) + ": an image must have less than 2^31 pixels and channels, got " +
+      throw std::runtime_error(std::string(operation) + ": x must have less than 2^31 pixels and channels, got " +
                                std::to_string(s.height) + " x " + std::to_string(s.width) + " and " +
                                std::to_string(s.channels));
     rows = static_cast<int>(s.planar ? s.channels : s.pixels());
@@ -41,7 +41,8 @@ struct Tiles {
     share = static_cast<int>(s.share);
     cells_wide = static_cast<int>(s.cells_wide());
     cells = static_cast<int>(s.cells());
-    const int64_t vectors = max(1, ceil_div(cols, vector)), block_vectors = ceil_div(vectors, ceil_div(vectors, kThreads));
+    const int64_t vectors = max(1, ceil_div(cols, vector));
+    const int64_t block_vectors = ceil_div(vectors, ceil_div(vectors, kThreads));
     col_blocks = static_cast<int>(ceil_div(vectors, block_vectors));
     block_cols = static_cast<int>(block_vectors * vector);
     for (lane_bits = 0; 1 << lane_bits < block_vectors;) ++lane_bits;
@@ -58,7 +59,7 @@ struct Tiles {
   }
 };
 
-// A thread's place among the lanes of its row of threads, and which of these rows that is.
+// A thread's place in its line of threads, and which line that is.
 SPARTA_DEVICE int lane_of(const Tiles& tiles) { return static_cast<int>(threadIdx.x) & (tiles.lanes - 1); }
 SPARTA_DEVICE int row_of(const Tiles& tiles) { return static_cast<int>(threadIdx.x) >> tiles.lane_bits; }
 
@@ -88,9 +89,9 @@ struct Tile {
   }
 };
 
-// The factors of a block's rows and columns as they are (a pixel has the value of its cell), fetched by the whole block,
-// which then has to wait for all its threads. Even warps fetch the rows', odd ones the columns', four at a time: a block
-// can only begin when it has them all.
+// The factors of a block's rows and columns as they are (a pixel has the value of its cell), fetched by the whole
+// block, which then has to wait for all its threads. Even warps fetch the rows', odd ones the columns', four at a time:
+// a block can only begin when it has them all.
 template <class Acc>
 SPARTA_DEVICE void fetch_factors(const Tiles& tiles, const Tile& tile, const Dense& spatial, const Dense& channel,
                                  Acc* row_factor, Acc* col_factor) {

@@ -2,9 +2,9 @@
 // summed on the way.
 //
 // Sums of columns grow in registers, sums of rows are finished by the lanes of a warp; both are then added up over the
-// block in shared memory. Where a sample is one block, that block finishes the small gradients too; otherwise blocks leave
-// their sums in scratch memory, and a second kernel adds them in order. How samples are cut follows from the tensors'
-// shape, dtype and alignment alone, so results are the same bits every time, on every device.
+// block in shared memory. Where a sample is one block, that block finishes the small gradients too; otherwise blocks
+// leave their sums in scratch memory, and a second kernel adds them in order. How samples are cut follows from the
+// tensors' shape, dtype and alignment alone, so results are the same bits every time, on every device.
 #include "gate.cuh"
 
 namespace sparta {
@@ -20,7 +20,7 @@ struct Partials {
       : cols(static_cast<Acc*>(scratch)), rows(cols + samples * tiles.row_blocks * tiles.cols) {}
 };
 
-// ---- from sums to gradients ------------------------------------------------------------------------------------------
+// ---- from sums to gradients -------------------------------------------------------------------------------
 // With gz = gy * relu(x) * phi * (1 - phi), summed without the factor kernel:
 //   pixel_sum(p) = sum over channels of gz * channel        gspatial = kernel * pixel_sum, summed over a cell's pixels
 //   channel_sum(c) = sum over pixels of gz * spatial        gchannel = kernel * channel_sum
@@ -90,21 +90,25 @@ SPARTA_DEVICE void finish_channels(const GateBackward& args, int64_t sample, Acc
   if (threadIdx.x == 0) write(args.grad_kernel, sample, grad_kernel);
 }
 
-// ---- the first kernel ------------------------------------------------------------------------------------------------
+// ---- the first kernel -------------------------------------------------------------------------------------
 
 struct Steps {
   int64_t x, gy, gx;  // from one of a thread's rows to the next, in elements
 };
 
+// Blocks that a multiprocessor holds at once: of whole vectors four, with 32 kB in flight each.
 template <class T, int vector>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : vector == 1 ? 3 : 4)
+constexpr int kBlocks = sizeof(T) == 8 ? 2 : (vector == 1 ? 3 : 4);
+
+template <class T, int vector>
+__global__ void __launch_bounds__(kThreads, kBlocks<T, vector>)
     backward_kernel(GateBackward args, Tiles tiles, Steps steps, Partials<typename Accumulator<T>::type> partials) {
   using Acc = typename Accumulator<T>::type;
   constexpr int ring = kRing<T, vector>;
   using Rows = Ring<T, vector, ring>;
   __shared__ typename Rows::Vector x_memory[Rows::room];
   __shared__ typename Rows::Vector gy_memory[Rows::room];
-  __shared__ alignas(16) Acc col_slots[kThreads * vector];  // the columns' factors; later sums, a line for every warp's rows
+  __shared__ alignas(16) Acc col_slots[kThreads * vector];  // the columns' factors; later sums, by lines of threads
   __shared__ Acc row_factor[kMaxRows];
   __shared__ Acc row_slots[kMaxRows];  // a row's sum from every warp that works on it
 
@@ -202,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : vector == 1 ? 3
   }
 }
 
-// ---- the second kernel -----------------------------------------------------------------------------------------------
+// ---- the second kernel ------------------------------------------------------------------------------------
 
 // A sample's first block finishes the channels, the others `block_cells` cells each.
 template <class Acc>
@@ -223,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// ---- launches --------------------------------------------------------------------------------------------------------
+// ---- launches ---------------------------------------------------------------------------------------------
 
 // A sample in one block, unless it is large, or there are too few samples to fill a large GPU.
 Tiles backward_tiles(const GateShape& s, int vector, int batch) {
@@ -243,8 +247,8 @@ void backward(const GateBackward& args) {
   const Tiles tiles = backward_tiles(s, vector, kRing<T, vector>);
   const int64_t step = tiles.row_step;
   const Partials<Acc> partials(args.scratch, tiles, s.samples);
-  launch("gate_backward", args.place, s.samples * tiles.blocks(), tiles.threads, backward_kernel<T, vector>, args, tiles,
-         Steps{step * args.x.row_stride, step * args.gy.row_stride, step * args.gx.row_stride}, partials);
+  launch("gate_backward", args.place, s.samples * tiles.blocks(), tiles.threads, backward_kernel<T, vector>, args,
+         tiles, Steps{step * args.x.row_stride, step * args.gy.row_stride, step * args.gx.row_stride}, partials);
   if (tiles.blocks() == 1) return;
   const int block_cells = s.share > 4 ? kThreads / kWarp : kThreads;
   const int64_t blocks = 1 + ceil_div(tiles.cells, block_cells);
@@ -272,8 +276,8 @@ int64_t gate_backward_scratch(const GateShape& s, DType dtype, const Place&) {
     for (const int vector : {1, kVector<T>}) {
       const Tiles tiles = backward_tiles(s, vector, vector == 1 ? kRing<T, 1> : kRing<T, kVector<T>>);
       if (tiles.blocks() == 1) continue;
-      const int64_t sums = s.samples * (tiles.row_blocks * tiles.cols + tiles.col_blocks * tiles.rows);
-      bytes = max(bytes, sums * static_cast<int64_t>(sizeof(typename Accumulator<T>::type)));
+      const int64_t sample_sums = int64_t{tiles.row_blocks} * tiles.cols + int64_t{tiles.col_blocks} * tiles.rows;
+      bytes = max(bytes, s.samples * sample_sums * static_cast<int64_t>(sizeof(typename Accumulator<T>::type)));
     }
   });
   return bytes;

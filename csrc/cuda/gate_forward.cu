@@ -9,8 +9,13 @@ struct Steps {
   int64_t x, y;  // from one of a thread's rows to the next, in elements
 };
 
+// Blocks that a multiprocessor holds at once: of whole vectors five, with 16 kB in flight each.
 template <class T, int vector>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || vector == 1 ? 3 : 5) forward_kernel(GateForward args, Tiles tiles, Steps steps) {
+constexpr int kBlocks = sizeof(T) == 8 || vector == 1 ? 3 : 5;
+
+template <class T, int vector>
+__global__ void __launch_bounds__(kThreads, kBlocks<T, vector>)
+    forward_kernel(GateForward args, Tiles tiles, Steps steps) {
   using Acc = typename Accumulator<T>::type;
   constexpr int ring = kRing<T, vector>;
   using Rows = Ring<T, vector, ring>;
@@ -64,12 +69,13 @@ template <class T, int vector>
 void forward(const GateForward& args) {
   Tiles tiles("gate_forward", args.shape, vector);
   if (tiles.rows == 0 || tiles.cols == 0) return;
-  // Two batches a thread: enough that fetching factors does not show. One where that leaves multiprocessors idle.
-  const int64_t batch_rows = int64_t{kRing<T, vector>} * tiles.row_step;
-  tiles.cut_rows(2 * batch_rows);
-  if (args.shape.samples * tiles.blocks() < 1024) tiles.cut_rows(batch_rows);
-  launch("gate_forward", args.place, args.shape.samples * tiles.blocks(), tiles.threads, forward_kernel<T, vector>, args,
-         tiles, Steps{tiles.row_step * args.x.row_stride, tiles.row_step * args.y.row_stride});
+  // A thread goes around its ring twice, enough that fetching the factors does not show; or once, where otherwise there
+  // would be too few blocks for a large GPU.
+  const int64_t ring_rows = int64_t{kRing<T, vector>} * tiles.row_step;
+  tiles.cut_rows(2 * ring_rows);
+  if (args.shape.samples * tiles.blocks() < 1024) tiles.cut_rows(ring_rows);
+  launch("gate_forward", args.place, args.shape.samples * tiles.blocks(), tiles.threads, forward_kernel<T, vector>,
+         args, tiles, Steps{tiles.row_step * args.x.row_stride, tiles.row_step * args.y.row_stride});
 }
 
 }  // namespace

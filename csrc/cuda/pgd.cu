@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kThreads) start_kernel(PgdStart args) {
   if (sample >= args.samples) return;
   const PhiloxWords words =
       image_words(args.seed, args.index[sample], Purpose::start, args.restart, static_cast<uint32_t>(block));
-  const Acc eps = static_cast<Acc>(args.eps), lower = static_cast<Acc>(args.lower), upper = static_cast<Acc>(args.upper);
+  const Acc eps = static_cast<Acc>(args.eps);
+  const Acc lower = static_cast<Acc>(args.lower), upper = static_cast<Acc>(args.upper);
   const T* clean = static_cast<const T*>(args.clean);
   T* adv = static_cast<T*>(args.adv);
 #pragma unroll
