@@ -40,13 +40,11 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             "CMAKE_INSTALL_PREFIX": target.parent,
         }
-        for name, allowed in {"SPARTA_CUDA": ("ON", "OFF", "AUTO"), "SPARTA_CUDA_ARCHS": None}.items():
-            value = os.environ.get(name)
-            if value is None:
-                continue
-            if allowed is not None and value not in allowed:
-                raise SystemExit(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-            options[name] = value
+        # Given anew each time too, or a folder that was built in before would remember an earlier choice.
+        options["SPARTA_CUDA"] = os.environ.get("SPARTA_CUDA", "AUTO")
+        options["SPARTA_CUDA_ARCHS"] = os.environ.get("SPARTA_CUDA_ARCHS", "")
+        if options["SPARTA_CUDA"] not in ("ON", "OFF", "AUTO"):
+            raise SystemExit(f"SPARTA_CUDA must be one of ON, OFF, AUTO, got {options['SPARTA_CUDA']!r}")
         definitions = [f"-D{key}={value}" for key, value in options.items()]
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *definitions], check=True)
         subprocess.run(["cmake", "--build", build, "--target", "install"], check=True)
