@@ -78,7 +78,7 @@ def native_kernels(archs: Sequence[int]) -> Iterator[Kernel]:
         found = re.search(r"(\w+)_kernel<(.*?)>\(", code.name)
         if found is None or code.arch not in archs:
             continue
-        of_what = "gate_" if "sparta::Gate" in code.name else "conv_" if "sparta::Conv" in code.name else "pgd_"
+        of_what = {"correlate": "conv_", "grad_tap": "conv_", "step": "pgd_", "start": "pgd_"}.get(found[1], "gate_")
         dtype, *vector = (part.strip() for part in found[2].split(","))
         case = (_SINGLE if vector[0] == "1" else _WHOLE) if vector else ""
         yield Kernel("native", of_what + found[1], _C_TYPES[dtype], case, code)
@@ -148,8 +148,7 @@ def _compile(work: tuple[int, int, int]) -> list[Kernel]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for name, dtype, case, launch in list(triton_launches())[first::step]:
-            options = {"num_warps": launch.warps, "enable_fp_fusion": launch.fused}
-            compiled = launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **options)
+            compiled = launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options)
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
             (code,) = machine_code.read(cubin)

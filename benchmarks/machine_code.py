@@ -30,7 +30,7 @@ class Instruction:
     @property
     def global_bytes(self) -> int:
         """Bytes that a thread moves from or to global memory by it; 0 for every other instruction."""
-        if self.opcode.split(".")[0] not in ("LDG", "STG"):
+        if self.opcode.split(".")[0] not in ("LDG", "LDGSTS", "STG"):  # the second: on into shared memory
             return 0
         return next((size for part, size in _BYTES.items() if part in self.opcode.split(".")), 4)
 

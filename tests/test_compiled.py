@@ -18,7 +18,7 @@ OPERATIONS = {
         "gate_backward",
         "gate_finish",
         "conv_correlate",
-        "conv_grad_kernel",
+        "conv_grad_tap",
         "pgd_step",
         "pgd_start",
     },
@@ -55,10 +55,10 @@ def test_every_operation_is_compiled_for_every_architecture_without_spills(kerne
 
 
 def test_two_blocks_fit_on_a_multiprocessor(kernels):
-    """Of 256 threads: 65,536 registers, and shared memory of 100 kB on the smallest that these run on (8.6)."""
+    """Of 256 threads: 65,536 registers, and 100 kB of shared memory on the smallest that these run on (8.6)."""
     for kernel in kernels:
         assert kernel["registers"] <= (255 if kernel["backend"] == "triton" else 128), kernel
-        assert kernel["shared"] <= 48 * 1024, kernel
+        assert kernel["shared"] <= 49 * 1024, kernel  # 1 kB of it is the system's own
 
 
 def test_the_gate_moves_what_it_must(kernels):

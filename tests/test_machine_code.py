@@ -36,7 +36,7 @@ SASS = """
         /*0010*/                   LDG.E R11, desc[UR8][R2.64] ;                 /* 0x00000000000b7919 */
         /*0020*/                   IMAD.MOV.U32 R5, RZ, RZ, R11 ;                /* 0x000000ffff057224 */
         /*0030*/                   LDG.E.128.CONSTANT R4, desc[UR8][R2.64] ;     /* 0x000000ffff057224 */
-        /*0040*/              @!P0 LDG.E.128 R8, desc[UR8][R2.64+0x10] ;         /* 0x000000ffff057224 */
+        /*0040*/              @!P0 LDGSTS.E.BYPASS.128 [R8], desc[UR8][R2.64] ;  /* 0x000000ffff057224 */
         /*0050*/                   LDG.E.U16 R12, desc[UR8][R2.64] ;             /* 0x000000ffff057224 */
         /*0060*/                   FMUL R4, R4, R8 ;                             /* 0x000000ffff057224 */
         /*0070*/               @P1 STG.E.128 desc[UR8][R2.64], R4 ;              /* 0x000000ffff057224 */
