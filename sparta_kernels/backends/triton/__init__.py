@@ -1,0 +1,377 @@
+"""The kernels in Triton, for NVIDIA GPUs: the same functions as `sparta_kernels.backends.native`.
+
+Every operation is planned first, as a list of launches, and run then. A plan can be made of tensors on the device
+"meta" too, to compile its kernels ahead of time (`Launch.compile`). With TRITON_INTERPRET=1 set before triton is
+imported, the kernels are plain Python, and run (slowly) on the CPU.
+
+Tensors arrive checked (`sparta_kernels.ops`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparta_kernels.backends.layout import Output, as_rows, in_order_of, is_gapless, is_planar
+
+try:
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError(f"the backend 'triton' needs the package triton: pip install triton ({error})") from error
+
+from sparta_kernels.backends.triton import conv, gate, pgd
+from sparta_kernels.backends.triton.launch import (
+    INTERPRETED,
+    Launch,
+    ceil_div,
+    conv_tiling,
+    gate_backward_tiling,
+    gate_forward_tiling,
+    power_above,
+    run,
+)
+
+DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
+
+
+Sums = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients: gspatial, gchannel, gkernel
+
+
+def _work(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    """The type that is computed in, for torch and for Triton."""
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+# ---- the gate ----------------------------------------------------------------------------------------------
+
+
+def plan_gate_forward(
+    x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None, share: int
+) -> tuple[list[Launch], Output]:
+    planar = is_planar(x.shape, x.stride())
+    read, y = as_rows(x, planar), Output(x, planar)
+    samples, channels, height, width = x.shape
+    if x.numel() == 0:
+        return [], y
+    rows, cols = (channels, height * width) if planar else (height * width, channels)
+    tiling = gate_forward_tiling(samples, rows, cols, x.itemsize)
+    row_tiles, col_tiles = ceil_div(rows, tiling.rows), ceil_div(cols, tiling.cols)
+    arguments = (
+        read.tensor,
+        spatial.contiguous(),
+        channel.contiguous(),
+        None if kernel is None else kernel.contiguous(),
+        y.rows.tensor,
+        samples,
+        rows,
+        cols,
+        spatial.shape[2] * spatial.shape[3],
+        width,
+        spatial.shape[3],
+        share,
+        read.sample_stride,
+        read.row_stride,
+        y.rows.sample_stride,
+        y.rows.row_stride,
+        row_tiles,
+        col_tiles,
+        planar,
+        share > 1,
+        samples % tiling.samples == 0 and rows % tiling.rows == 0 and cols % tiling.cols == 0,
+        tiling.samples,
+        tiling.rows,
+        tiling.cols,
+    )
+    programs = ceil_div(samples, tiling.samples) * row_tiles * col_tiles
+    return [Launch(gate.gate_forward, programs, arguments, tiling.warps)], y
+
+
+def gate_forward(x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None, share: int) -> Tensor:
+    launches, y = plan_gate_forward(x, spatial, channel, kernel, share)
+    run(launches, x.device)
+    return y.finish()
+
+
+def plan_gate_backward(
+    gy: Tensor,
+    x: Tensor,
+    spatial: Tensor,
+    channel: Tensor,
+    kernel: Tensor | None,
+    share: int,
+    wanted: list[bool],
+) -> tuple[list[Launch], Output | None, Sums]:
+    planar = is_planar(x.shape, x.stride())
+    read, gy_read = as_rows(x, planar), as_rows(gy, planar)
+    spatial, channel = spatial.contiguous(), channel.contiguous()
+    kernel = None if kernel is None else kernel.contiguous()
+    gx = Output(x, planar) if wanted[0] else None
+    gspatial = torch.empty_like(spatial) if wanted[1] else None
+    gchannel = torch.empty_like(channel) if wanted[2] else None
+    gkernel = torch.empty_like(kernel) if kernel is not None and wanted[3] else None
+    grads = gspatial, gchannel, gkernel
+    if x.numel() == 0:
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()  # a sum over nothing
+        return [], gx, grads
+    if gx is None and gspatial is None and gchannel is None and gkernel is None:
+        return [], gx, grads
+
+    samples, channels, height, width = x.shape
+    cells_high, cells_wide = spatial.shape[2:]
+    rows, cols = (channels, height * width) if planar else (height * width, channels)
+    row_strides = {cols, gy_read.row_stride, read.row_stride, cols if gx is None else gx.rows.row_stride}
+    dense = len(row_strides) == 1
+    tiling = gate_backward_tiling(samples, rows, cols, x.itemsize, planar, dense and share == 1)
+    parts = tiling.row_parts * tiling.col_parts
+    pixel_parts, channel_parts = tiling.row_parts, tiling.col_parts
+    if not planar:
+        pixel_parts, channel_parts = channel_parts, pixel_parts
+    # What is divided no further is written where it belongs, the rest into a part of its own.
+    whole_pixels = pixel_parts == 1 and share == 1
+    pixel_sums, channel_sums, kernel_sums = gspatial, gchannel, gkernel
+    work, triton_work = _work(x.dtype)
+    if gspatial is not None and not whole_pixels:
+        pixel_sums = torch.empty((samples, pixel_parts, height * width), dtype=work, device=x.device)
+    if gchannel is not None and channel_parts > 1:
+        channel_sums = torch.empty((samples, channel_parts, channels), dtype=work, device=x.device)
+    if gkernel is not None and parts > 1:
+        kernel_sums = torch.empty((samples, parts), dtype=work, device=x.device)
+    arguments = (
+        gy_read.tensor,
+        read.tensor,
+        spatial,
+        channel,
+        kernel,
+        None if gx is None else gx.rows.tensor,
+        pixel_sums,
+        channel_sums,
+        kernel_sums,
+        samples,
+        rows,
+        cols,
+        cells_high * cells_wide,
+        width,
+        cells_wide,
+        share,
+        gy_read.sample_stride,
+        gy_read.row_stride,
+        read.sample_stride,
+        read.row_stride,
+        0 if gx is None else gx.rows.sample_stride,
+        0 if gx is None else gx.rows.row_stride,
+        tiling.row_parts,
+        tiling.col_parts,
+        tiling.rows_in_part,
+        planar,
+        share > 1,
+        whole_pixels,
+        tiling.even,
+        tiling.samples,
+        tiling.rows,
+        tiling.cols,
+        tiling.fold,
+        cols if dense else 0,
+    )
+    programs = ceil_div(samples, tiling.samples) * parts
+    # Where a sum is not wanted the compiler finds room by itself.
+    registers = None if gspatial is None or gchannel is None else tiling.registers
+    launches = [Launch(gate.gate_backward, programs, arguments, tiling.warps, registers)]
+
+    left = [
+        None if sums is grad else grad
+        for sums, grad in zip((pixel_sums, channel_sums, kernel_sums), grads, strict=True)
+    ]
+    if any(grad is not None for grad in left):
+        cell_height, cell_width = min(share, height), min(share, width)
+        terms = min(1024, power_above(cell_height * cell_width * pixel_parts))
+        cell_blocks = 0 if left[0] is None else ceil_div(cells_high * cells_wide, 1024 // terms)
+        channel_blocks = 0 if left[1] is None else ceil_div(channels, 64)
+        finish = (
+            pixel_sums,
+            channel_sums,
+            kernel_sums,
+            kernel,
+            *left,
+            channels,
+            height,
+            width,
+            cells_high * cells_wide,
+            cells_wide,
+            share,
+            cell_height,
+            cell_width,
+            pixel_parts,
+            channel_parts,
+            parts,
+            cell_blocks,
+            channel_blocks,
+            1024 // terms,
+            terms,
+            64,
+            min(16, power_above(parts)),
+            triton_work,
+        )
+        launches.append(Launch(gate.gate_finish, samples * (cell_blocks + channel_blocks + 1), finish))
+    return launches, gx, grads
+
+
+def gate_backward(
+    gy: Tensor,
+    x: Tensor,
+    spatial: Tensor,
+    channel: Tensor,
+    kernel: Tensor | None,
+    share: int,
+    wanted: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    launches, gx, grads = plan_gate_backward(gy, x, spatial, channel, kernel, share, wanted)
+    run(launches, x.device)
+    return None if gx is None else gx.finish(), *grads
+
+
+# ---- dynamic_conv ------------------------------------------------------------------------------------------
+
+
+def _correlate(source: Tensor, kernel: Tensor, output: Tensor, flipped: bool) -> Launch:
+    samples, _, height, width = source.shape
+    size = kernel.shape[-1]
+    tiling = conv_tiling(height * width, size)
+    blocks = ceil_div(height * width, tiling.pixels)
+    arguments = (source, kernel, output, height, width, blocks, size, flipped, tiling.taps, tiling.pixels)
+    return Launch(conv.conv_correlate, samples * blocks, arguments, tiling.warps)
+
+
+def plan_conv_forward(spatial: Tensor, kernel: Tensor) -> tuple[list[Launch], Tensor]:
+    spatial, kernel = spatial.contiguous(), kernel.contiguous()
+    output = torch.empty_like(spatial)
+    return [] if spatial.numel() == 0 else [_correlate(spatial, kernel, output, False)], output
+
+
+def conv_forward(spatial: Tensor, kernel: Tensor) -> Tensor:
+    launches, output = plan_conv_forward(spatial, kernel)
+    run(launches, spatial.device)
+    return output
+
+
+def plan_conv_backward(
+    grad_output: Tensor, spatial: Tensor, kernel: Tensor, wanted: list[bool]
+) -> tuple[list[Launch], tuple[Tensor | None, Tensor | None]]:
+    grad_output, spatial, kernel = grad_output.contiguous(), spatial.contiguous(), kernel.contiguous()
+    grad_spatial = torch.empty_like(spatial) if wanted[0] else None
+    grad_kernel = torch.empty_like(kernel) if wanted[1] else None
+    if spatial.numel() == 0:
+        if grad_kernel is not None:
+            grad_kernel.zero_()  # the sum over nothing
+        return [], (grad_spatial, grad_kernel)
+    launches = []
+    if grad_spatial is not None:
+        launches.append(_correlate(grad_output, kernel, grad_spatial, True))
+    if grad_kernel is not None:
+        samples, _, height, width = spatial.shape
+        size = kernel.shape[-1]
+        taps = size * size
+        rows_in_part = max(1, 16384 // width)
+        parts = ceil_div(height, rows_in_part)
+        sums = grad_kernel
+        work, triton_work = _work(spatial.dtype)
+        if parts > 1:
+            sums = torch.empty((samples, parts, taps), dtype=work, device=spatial.device)
+        tiling = conv_tiling(min(height, rows_in_part) * width, size)
+        tap_blocks = ceil_div(taps, tiling.taps)
+        arguments = (grad_output, spatial, sums, height, width, parts, rows_in_part, tap_blocks)
+        constants = (size, tiling.taps, tiling.pixels)
+        programs = samples * parts * tap_blocks
+        launches.append(Launch(conv.conv_grad_kernel, programs, arguments + constants, tiling.warps))
+        if parts > 1:
+            finish = (sums, grad_kernel, taps, parts, power_above(taps), min(16, power_above(parts)), triton_work)
+            launches.append(Launch(conv.conv_finish, samples, finish))
+    return launches, (grad_spatial, grad_kernel)
+
+
+def conv_backward(
+    grad_output: Tensor, spatial: Tensor, kernel: Tensor, wanted: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    launches, grads = plan_conv_backward(grad_output, spatial, kernel, wanted)
+    run(launches, spatial.device)
+    return grads
+
+
+# ---- the attack --------------------------------------------------------------------------------------------
+
+
+def plan_pgd_step(
+    adv: Tensor, grad: Tensor, clean: Tensor, signed_step: float, eps: float, lower: float, upper: float
+) -> tuple[list[Launch], Tensor]:
+    """The launches, and the tensor that they write: adv, or a copy of it in an order that has no gaps."""
+    target = adv if is_gapless(adv) else adv.contiguous()
+    if adv.numel() == 0:
+        return [], adv
+    block = 4096 // adv.itemsize  # with 4 warps 32 bytes a thread of each tensor
+    arguments = (target, in_order_of(grad, target), in_order_of(clean, target), signed_step, eps, lower, upper)
+    constants = (target.numel(), target.numel() % block == 0, block)
+    return [Launch(pgd.pgd_step, ceil_div(target.numel(), block), arguments + constants, fused=False)], target
+
+
+def pgd_step(
+    adv: Tensor, grad: Tensor, clean: Tensor, signed_step: float, eps: float, lower: float, upper: float
+) -> None:
+    launches, target = plan_pgd_step(adv, grad, clean, signed_step, eps, lower, upper)
+    run(launches, adv.device)
+    if target is not adv:
+        adv.copy_(target)
+
+
+def plan_pgd_start(
+    adv: Tensor,
+    clean: Tensor,
+    indices: Tensor,
+    eps: float,
+    seed: int,
+    restart: int,
+    lower: float,
+    upper: float,
+) -> tuple[list[Launch], Tensor]:
+    """The launches, and the tensor that they write: adv, or a copy of it in an order that has no gaps."""
+    target = adv if is_gapless(adv) else adv.contiguous()
+    if adv.numel() == 0:
+        return [], adv
+    samples, channels, height, width = target.shape
+    elements = channels * height * width
+    quads = min(1024, power_above(ceil_div(elements, 4)))
+    blocks = ceil_div(elements, 4 * quads)
+    arguments = (
+        target,
+        in_order_of(clean, target),
+        indices.contiguous(),
+        seed,
+        restart << 8,  # the purpose is 0
+        eps,
+        lower,
+        upper,
+        elements,
+        height * width,
+        width,
+        *target.stride(),
+        blocks,
+        target.is_contiguous(),
+        quads,
+    )
+    return [Launch(pgd.pgd_start, samples * blocks, arguments, fused=False)], target
+
+
+def pgd_start(
+    adv: Tensor,
+    clean: Tensor,
+    indices: Tensor,
+    eps: float,
+    seed: int,
+    restart: int,
+    lower: float,
+    upper: float,
+) -> None:
+    launches, target = plan_pgd_start(adv, clean, indices, eps, seed, restart, lower, upper)
+    run(launches, adv.device)
+    if target is not adv:
+        adv.copy_(target)

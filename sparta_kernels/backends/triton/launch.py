@@ -1,0 +1,196 @@
+"""What is launched: a kernel with its arguments, and the table that says how large its tiles are.
+
+The table is a function of shape, dtype and memory layout, never of the device: how a sum is divided, and with it its
+last bit, is the same on every GPU. One of 132 multiprocessors was in mind. Nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+WARP = 32  # threads
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one kernel. The tensors among its arguments may be on the device "meta": then it only compiles."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]  # by position, constexprs too
+    warps: int = 4
+    registers: int | None = None  # of a thread, at most
+    fused: bool = True  # whether a product and a sum may become one fused operation
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, "maxnreg": self.registers, "enable_fp_fusion": self.fused}
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](*self.arguments, **self.options)
+
+    def compile(self, capability: int) -> CompiledKernel:
+        """Compile for a CUDA compute capability (90 for sm_90), with no GPU, exactly what `run` would there.
+
+        Not where TRITON_INTERPRET is set: kernels are plain Python then.
+        """
+        target = GPUTarget("cuda", capability, WARP)
+        backend = make_backend(target)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        bound, specialization, options = bind(*self.arguments, **self.options)
+        parsed, signature, constants, attributes = self.kernel._pack_args(
+            backend, self.options, bound, specialization, options
+        )
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=parsed.__dict__)
+
+
+def run(launches: Sequence[Launch], device: torch.device) -> None:
+    """One after the other, on the device's current stream."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            for launch in launches:
+                launch.run()
+        return
+    # The interpreter is numpy, which warns of every inf and NaN.
+    with np.errstate(all="ignore") if INTERPRETED else nullcontext():
+        for launch in launches:
+            launch.run()
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_above(value: int) -> int:
+    """The smallest power of two that is at least `value`, and 1."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def power_below(value: int) -> int:
+    """The largest power of two that is at most `value`, and 1 for less."""
+    return 1 << (max(1, value).bit_length() - 1)
+
+
+def _columns(extent: int, limit: int) -> int:
+    """The width of a tile: all columns, or else the largest power of two that leaves little of the last tile empty."""
+    whole = power_above(extent)
+    if whole <= limit:
+        return whole
+    fitting = (width for width in (limit, limit // 2, limit // 4) if ceil_div(extent, width) * width <= 1.125 * extent)
+    return next(fitting, max(1, limit // 4))
+
+
+def _samples(samples: int, elements: int, tile: int) -> int:
+    """How many samples of so few elements share a program, which takes `tile`; some programs must be left to run."""
+    return max(1, min(tile // elements, power_below(samples // 16)))
+
+
+class ForwardTiling(NamedTuple):
+    samples: int
+    rows: int
+    cols: int
+    warps: int = 4
+
+
+@lru_cache(maxsize=256)
+def gate_forward_tiling(samples: int, rows: int, cols: int, itemsize: int) -> ForwardTiling:
+    """64 bytes a thread, four loads of 16: with the 1500 threads that fit, 96 kB are under way in a multiprocessor."""
+    tile = 4 * WARP * 64 // itemsize
+    width = _columns(cols, min(tile, 1024))
+    height = min(power_above(rows), tile // width)
+    return ForwardTiling(_samples(samples, height * width, tile), height, width)
+
+
+class BackwardTiling(NamedTuple):
+    samples: int  # of which a program has a part each
+    rows: int
+    cols: int
+    fold: int  # of a tile's rows are a thread's own
+    row_parts: int
+    col_parts: int
+    rows_in_part: int
+    warps: int
+    even: bool  # no tile reaches beyond its part of a sample, or the last sample
+    registers: int | None  # of a thread, at most
+
+
+@lru_cache(maxsize=256)
+def gate_backward_tiling(
+    samples: int, rows: int, cols: int, itemsize: int, planar: bool, plain: bool
+) -> BackwardTiling:
+    """How a sample is divided among programs, and a program's work into tiles.
+
+    A program that has a whole sample finishes it: no second kernel is needed. So it is where there are samples enough
+    to fill the machine, or so little in them that nothing is gained by dividing. Else a sample is divided by pixels, so
+    that gradients of pixels are whole, and only if that is not enough, or not possible, by channels.
+
+    A tile is 64 bytes a thread of x and as much of gy. That fits into 128 registers, and so 16 warps, with 64 kB under
+    way, into a multiprocessor; where masks, strides or cells (`plain` is false) take registers too, half of it.
+    """
+    widest = 512 if itemsize == 8 else 1024  # sums over rows are kept for every column
+    wanted = 1 if samples >= 128 or rows * cols <= 16384 else ceil_div(512, samples)
+    smallest = 4096  # elements in a part
+    if planar and wanted > 1:
+        narrowest = max(64, power_above(smallest // rows))
+        width = _columns(cols, min(widest, max(narrowest, power_below(cols // wanted))))
+    else:
+        width = _columns(cols, widest)
+    col_parts = ceil_div(cols, width)
+    row_parts = max(1, min(ceil_div(wanted, col_parts), rows * min(cols, width) // smallest))
+    warps = 4 if samples * row_parts * col_parts >= 512 or rows * width <= 2048 * row_parts else 8
+    tilings = (_backward_tiles(samples, rows, cols, itemsize, width, row_parts, warps, size) for size in (64, 32))
+    tiling = next(tilings)
+    return tiling if plain and tiling.even else next(tilings)
+
+
+def _backward_tiles(
+    samples: int, rows: int, cols: int, itemsize: int, width: int, row_parts: int, warps: int, size: int
+) -> BackwardTiling:
+    """Tiles of `size` bytes a thread."""
+    threads = warps * WARP
+    tile = threads * size // itemsize
+    rows_in_part = ceil_div(rows, row_parts)
+    # A row's factor is loaded by every thread that needs it only where there are fewer rows than threads.
+    highest = threads // 2 if width >= 16 else 1024
+    height = min(power_above(rows_in_part), max(1, tile // width), highest)
+    if height < rows_in_part:
+        rows_in_part = ceil_div(rows_in_part, height) * height
+        row_parts = ceil_div(rows, rows_in_part)
+    col_parts = ceil_div(cols, width)
+    together = 1
+    if row_parts * col_parts == 1 and height >= rows:
+        together = _samples(samples, height * width, min(tile, highest * width))
+    at_once = max(1, threads * (16 // itemsize) // width)  # rows that the threads hold with 16 bytes each
+    fold = max(1, height // at_once) if together == 1 else 1
+    even = rows % rows_in_part == 0 and rows_in_part % height == 0 and cols % width == 0 and samples % together == 0
+    registers = 128 if size == 64 and itemsize < 8 else None
+    return BackwardTiling(together, height, width, fold, row_parts, col_parts, rows_in_part, warps, even, registers)
+
+
+class ConvTiling(NamedTuple):
+    taps: int
+    pixels: int
+    warps: int
+
+
+def conv_tiling(pixels: int, size: int) -> ConvTiling:
+    """At most 32 products a thread at a time."""
+    width = min(1024, power_above(pixels))
+    return ConvTiling(power_above(size * size) if size <= 3 else 8, width, max(1, width // (2 * WARP)))
