@@ -175,9 +175,7 @@ def plan_gate_backward(
         cols if dense else 0,
     )
     programs = ceil_div(samples, tiling.samples) * parts
-    # Where a sum is not wanted the compiler finds room by itself.
-    registers = None if gspatial is None or gchannel is None else tiling.registers
-    launches = [Launch(gate.gate_backward, programs, arguments, tiling.warps, registers)]
+    launches = [Launch(gate.gate_backward, programs, arguments, tiling.warps, tiling.registers)]
 
     left = [
         None if sums is grad else grad

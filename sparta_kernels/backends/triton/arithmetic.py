@@ -53,6 +53,14 @@ def write(pointer, value, mask):
 
 
 @inlined
+def sum_over(value, axis: tl.constexpr):
+    """tl.sum, and for the interpreter what that calls, for the same reason as `inlined`."""
+    if INTERPRETED:
+        return tl.reduce(value, axis, tl.standard._sum_combine)
+    return tl.sum(value, axis)
+
+
+@inlined
 def relu(x):
     return tl.where(x <= 0, 0.0, x)  # a NaN passes, as it does in torch; compiled, tl.maximum may drop it
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparta_kernels.backends.triton.arithmetic import bound, read, write
+from sparta_kernels.backends.triton.arithmetic import bound, read, sum_over, write
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def conv_correlate(
         term = weight * value  # forward, a tap that is infinite makes NaNs of the zeros around the map
         if FLIPPED:
             term = tl.where(reached, term, 0.0)  # and here there is nothing around it
-        total += tl.sum(term, 0)[None, :]
+        total += sum_over(term, 0)[None, :]
     write(output + sample + pixel, total, inside)
 
 
@@ -93,7 +93,7 @@ def conv_grad_kernel(
         reached = inside & (h >= 0) & (h < height) & (w >= 0) & (w < width) & (tap < SIZE * SIZE)
         value = read(source + sample + h * width + w, reached, ACC)
         total += read(grad + sample + pixel, inside, ACC) * value
-    write(sums + (n * parts + part) * (SIZE * SIZE) + tap, tl.sum(total, 1)[:, None], tap < SIZE * SIZE)
+    write(sums + (n * parts + part) * (SIZE * SIZE) + tap, sum_over(total, 1)[:, None], tap < SIZE * SIZE)
 
 
 @triton.jit
@@ -105,4 +105,4 @@ def conv_finish(sums, grad_kernel, taps, parts, TAPS: tl.constexpr, PARTS: tl.co
     for first in range(0, bound(parts), PARTS):
         part = first + tl.arange(0, PARTS)[:, None]
         total += read(sums + (n * parts + part) * taps + tap, (part < parts) & (tap < taps), ACC)
-    write(grad_kernel + n * taps + tap, tl.sum(total, 0)[None, :], tap < taps)
+    write(grad_kernel + n * taps + tap, sum_over(total, 0)[None, :], tap < taps)

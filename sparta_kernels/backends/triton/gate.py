@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparta_kernels.backends.triton.arithmetic import bound, inlined, read, relu, sigmoid, write
+from sparta_kernels.backends.triton.arithmetic import bound, inlined, read, relu, sigmoid, sum_over, write
 
 
 @inlined
@@ -183,9 +183,9 @@ def gate_backward(
             if not EVEN:
                 gz = tl.where(mask, gz, 0.0)  # a factor that is infinite makes NaNs beside the matrix too
         if WANT_COLS:
-            col_sum += tl.sum(tl.reshape(gz * row, [SAMPLES, FOLD, ROWS // FOLD, COLS]), 1)
+            col_sum += sum_over(tl.reshape(gz * row, [SAMPLES, FOLD, ROWS // FOLD, COLS]), 1)
         if WANT_ROWS:
-            row_sum = tl.sum(gz * col, 2)[:, :, None]
+            row_sum = sum_over(gz * col, 2)[:, :, None]
             at = n * col_parts * rows + col_part * rows + start + r
             if PLANAR:
                 write(channel_sums + at, row_sum, in_rows)
@@ -198,20 +198,20 @@ def gate_backward(
         gy += ROWS * gy_row
 
     if WANT_COLS:
-        total = tl.sum(col_sum, 1)[:, None, :]
+        col_total = sum_over(col_sum, 1)[:, None, :]
         at = n * row_parts * cols + row_part * cols + first_col + k
         if PLANAR:
             if pixel_sums is not None:
-                write(pixel_sums + at, total * weight if FINAL else total, in_cols)
+                write(pixel_sums + at, col_total * weight if FINAL else col_total, in_cols)
             if kernel_sums is not None:
                 level = read_spatial(spatial, n, first_col, k, in_cols, cells, width, cells_wide, share, SHARED, ACC)
-                term = total * level if EVEN else tl.where(in_cols, total * level, 0.0)
-                kernel_sum = tl.sum(term, 2)[:, :, None]
+                term = col_total * level if EVEN else tl.where(in_cols, col_total * level, 0.0)
+                kernel_sum = sum_over(term, 2)[:, :, None]
         else:
-            write(channel_sums + at, total, in_cols)
+            write(channel_sums + at, col_total, in_cols)
     if kernel_sums is not None:
         at = n * row_parts * col_parts + row_part * col_parts + col_part
-        write(kernel_sums + at, tl.sum(kernel_sum, 1)[:, :, None], in_samples)
+        write(kernel_sums + at, sum_over(kernel_sum, 1)[:, :, None], in_samples)
 
 
 @triton.jit
@@ -264,7 +264,7 @@ def gate_finish(
                 w = left + term % area % cell_width
                 mask = (cell < cells) & (term < terms) & (h < height) & (w < width)
                 cell_sum += read(pixel_sums + ((n * pixel_parts + term // area) * height + h) * width + w, mask, ACC)
-            gs = tl.sum(cell_sum, 1)[:, None]
+            gs = sum_over(cell_sum, 1)[:, None]
             if kernel is not None:
                 gs *= read(kernel + n, None, ACC)
             write(gspatial + n * cells + cell, gs, cell < cells)
@@ -276,11 +276,11 @@ def gate_finish(
                 part = first_part + tl.arange(0, PARTS)[:, None]
                 mask = (c < channels) & (part < channel_parts)
                 channel_sum += read(channel_sums + (n * channel_parts + part) * channels + c, mask, ACC)
-            write(gchannel + n * channels + c, tl.sum(channel_sum, 0)[None, :], c < channels)
+            write(gchannel + n * channels + c, sum_over(channel_sum, 0)[None, :], c < channels)
     else:
         if gkernel is not None:
             kernel_sum = tl.full([PARTS], 0.0, ACC)
             for first_kernel in range(0, bound(kernel_parts), PARTS):
                 piece = first_kernel + tl.arange(0, PARTS)
                 kernel_sum += read(kernel_sums + n * kernel_parts + piece, piece < kernel_parts, ACC)
-            write(gkernel + n, tl.sum(kernel_sum, 0), None)
+            write(gkernel + n, sum_over(kernel_sum, 0), None)

@@ -6,10 +6,11 @@ last bit, is the same on every GPU. One of 132 multiprocessors was in mind. Noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,10 +66,19 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
             for launch in launches:
                 launch.run()
         return
-    # The interpreter is numpy, which warns of every inf and NaN.
-    with np.errstate(all="ignore") if INTERPRETED else nullcontext():
+    with _interpreting() if INTERPRETED else nullcontext():
         for launch in launches:
             launch.run()
+
+
+_one_at_a_time = Lock()
+
+
+@contextmanager
+def _interpreting() -> Iterator[None]:
+    """The interpreter replaces parts of triton.language while it runs; and it is numpy, which warns of inf and NaN."""
+    with _one_at_a_time, np.errstate(all="ignore"):
+        yield
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -141,8 +151,9 @@ def gate_backward_tiling(
     to fill the machine, or so little in them that nothing is gained by dividing. Else a sample is divided by pixels, so
     that gradients of pixels are whole, and only if that is not enough, or not possible, by channels.
 
-    A tile is 64 bytes a thread of x and as much of gy. That fits into 128 registers, and so 16 warps, with 64 kB under
-    way, into a multiprocessor; where masks, strides or cells (`plain` is false) take registers too, half of it.
+    A tile is 64 bytes a thread of x and as much of gy. That takes 128 registers or little more, so that 12 to 16 warps,
+    with 48 to 64 kB under way, fit into a multiprocessor; where masks, strides or cells (`plain` is false) take
+    registers too, it is half of that.
     """
     widest = 512 if itemsize == 8 else 1024  # sums over rows are kept for every column
     wanted = 1 if samples >= 128 or rows * cols <= 16384 else ceil_div(512, samples)
@@ -180,7 +191,9 @@ def _backward_tiles(
     at_once = max(1, threads * (16 // itemsize) // width)  # rows that the threads hold with 16 bytes each
     fold = max(1, height // at_once) if together == 1 else 1
     even = rows % rows_in_part == 0 and rows_in_part % height == 0 and cols % width == 0 and samples % together == 0
-    registers = 128 if size == 64 and itemsize < 8 else None
+    # Left alone, ptxas spills a register or two of the smaller tiles for an occupancy that is not needed.
+    small = size == 64 and itemsize < 8 and together * height * width <= 16 * threads
+    registers = 96 if small else None
     return BackwardTiling(together, height, width, fold, row_parts, col_parts, rows_in_part, warps, even, registers)
 
 
