@@ -123,7 +123,7 @@ def triton_launches() -> Iterator[tuple[str, str, str, Any]]:
                     empty(BATCH, dtype=dtype),
                 )
                 case = f"{channels}x{height}x{width} {layout}"
-                for launches, _ in (
+                for launches, *_ in (
                     triton.plan_gate_forward(x, *small, 1),
                     triton.plan_gate_backward(x, x, *small, 1, [True] * 4),
                 ):

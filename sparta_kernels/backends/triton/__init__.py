@@ -235,7 +235,7 @@ def gate_backward(
 def _correlate(source: Tensor, kernel: Tensor, output: Tensor, flipped: bool) -> Launch:
     samples, _, height, width = source.shape
     size = kernel.shape[-1]
-    tiling = conv_tiling(height * width, size)
+    tiling = conv_tiling(height * width, size, source.itemsize)
     blocks = ceil_div(height * width, tiling.pixels)
     arguments = (source, kernel, output, height, width, blocks, size, flipped, tiling.taps, tiling.pixels)
     return Launch(conv.conv_correlate, samples * blocks, arguments, tiling.warps)
@@ -276,7 +276,7 @@ def plan_conv_backward(
         work, triton_work = _work(spatial.dtype)
         if parts > 1:
             sums = torch.empty((samples, parts, taps), dtype=work, device=spatial.device)
-        tiling = conv_tiling(min(height, rows_in_part) * width, size)
+        tiling = conv_tiling(min(height, rows_in_part) * width, size, spatial.itemsize)
         tap_blocks = ceil_div(taps, tiling.taps)
         arguments = (grad_output, spatial, sums, height, width, parts, rows_in_part, tap_blocks)
         constants = (size, tiling.taps, tiling.pixels)

@@ -203,7 +203,7 @@ class ConvTiling(NamedTuple):
     warps: int
 
 
-def conv_tiling(pixels: int, size: int) -> ConvTiling:
+def conv_tiling(pixels: int, size: int, itemsize: int) -> ConvTiling:
     """At most 32 products a thread at a time."""
-    width = min(1024, power_above(pixels))
+    width = min(512 if itemsize == 8 else 1024, power_above(pixels))  # 16 warps have 128 registers a thread at most
     return ConvTiling(power_above(size * size) if size <= 3 else 8, width, max(1, width // (2 * WARP)))
