@@ -161,6 +161,10 @@ def _measure(options: argparse.Namespace, document: dict[str, Any], started: flo
             needed = enough - begun
         except torch.OutOfMemoryError as error:
             document["not_measured"].append(f"{precision}: {str(error).splitlines()[0]}")
+        except torch.AcceleratorError as error:
+            what = f"{precision}: {str(error).splitlines()[0]}; nothing on the GPU works any more"
+            document["failed"].append(what)
+            return
         _save(options.json, document)
 
 
@@ -178,10 +182,13 @@ def _measure_precision(
     for name in options.candidates:
         try:
             check(name, workload, precision)
-        except WrongResult as error:
-            failed.append(str(error))
+            _turn(name, workload, options.steps)  # warms up: convolutions are tuned, kernels compiled
+        except (torch.AcceleratorError, torch.OutOfMemoryError):  # after the first nothing on the GPU works any more
+            raise
+        except Exception as error:  # whatever it is: the others are measured all the same
+            wrong = isinstance(error, WrongResult)
+            failed.append(str(error) if wrong else f"{precision}: {name}: {type(error).__name__}: {error}")
             continue
-        _turn(name, workload, options.steps)  # warms up: convolutions are tuned, kernels compiled
         peak = PeakMemory(device)
         _turn(name, workload, options.steps)
         memory[name] = peak.bytes()

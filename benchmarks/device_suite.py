@@ -88,16 +88,21 @@ def _run(
         if not options.fresh:
             document["steps"] = _earlier(folder / "suite.json", document)
         asked = options.only or list(STEPS)
+        if _is_missing(options.dry_run) and any("build" in STEPS[name].needs for name in asked):
+            asked = ["build", *asked]
         todo = _todo(asked, document["steps"], again=options.only is not None, dry_run=options.dry_run)
         for name in STEPS:
             if name not in asked:
                 document["steps"].setdefault(name, {"status": "skipped", "reason": "not asked for", "seconds": 0.0})
+        # The limits share the time out among all the steps; to a few that are asked for they give more.
+        whole = sum(STEPS[name].limit for name in todo)
+        stretch = max(1.0, (deadline - time.monotonic()) / whole) if options.only and todo else 1.0
         status = 0
         try:
             for number, name in enumerate(todo):
                 later = sum(STEPS[other].least for other in todo[number + 1 :])
                 job = Job(folder, place, folder / STEPS[name].log, 0.0, options.dry_run, machine)
-                _do(name, job, deadline, later, document)
+                _do(name, job, deadline, later, stretch * STEPS[name].limit, document)
                 _save(folder, document, started)
         except KeyboardInterrupt:
             status = INTERRUPTED
@@ -121,20 +126,28 @@ def _earlier(path: Path, now: Mapping[str, Any]) -> dict[str, Any]:
 def _todo(asked: Sequence[str], steps: Mapping[str, Any], again: bool, dry_run: bool) -> list[str]:
     """The steps to run: what is asked for `again`, else what has not passed, and what is made from that."""
     todo: list[str] = []
+    new: set[str] = set()  # of them, those that may find something else than before
     for name in STEPS:
         passed = steps.get(name, {}).get("status") == "passed"
-        if name == "build" and not dry_run and not is_built():
-            passed = False
-        renewed = any(other in todo for other in (*STEPS[name].needs, *STEPS[name].after))
-        if name in asked and (again or renewed or not passed):
+        renewed = any(other in new for other in (*STEPS[name].needs, *STEPS[name].after))
+        if name not in asked:
+            continue
+        if again or renewed or not passed:
+            new.add(name)
+        if name in new or (name == "build" and _is_missing(dry_run)):
             todo.append(name)
     return todo
 
 
-def _do(name: str, job: Job, deadline: float, later: float, document: dict[str, Any]) -> None:
+def _is_missing(dry_run: bool) -> bool:
+    """Whether the module is not in place, on a machine that has only just begun, say."""
+    return not dry_run and not is_built()
+
+
+def _do(name: str, job: Job, deadline: float, later: float, limit: float, document: dict[str, Any]) -> None:
     """Run a step and put what came of it into the document, even where Ctrl-C ends it.
 
-    It may take until `deadline`, less the seconds that `later` steps need at least.
+    It may take `limit` seconds, and until `deadline`, less the seconds that `later` steps need at least.
     """
     step, begun = STEPS[name], time.monotonic()
     left = deadline - begun
@@ -149,7 +162,7 @@ def _do(name: str, job: Job, deadline: float, later: float, document: dict[str, 
         elif left < step.least:
             found |= {"status": "timed out", "reason": f"not begun: it needs {step.least:.0f} s, {left:.0f} were left"}
         else:
-            job.deadline = begun + min(step.limit, max(left - later, step.least))
+            job.deadline = begun + min(limit, max(left - later, step.least))
             print(f"{name} ... (at most {job.left():.0f} s)", flush=True)
             status, reason = execute(step.do, job)
             found |= {"status": status, "reason": reason}

@@ -82,6 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ops.py: interrupted", file=sys.stderr)
         status = INTERRUPTED
+    except torch.AcceleratorError as error:
+        if not document["failed"]:  # else `_measure` has noted where it was
+            document["failed"].append(str(error).splitlines()[0])
+        _save(options.json, document)
     except OSError as error:
         print(f"ops.py: {error}", file=sys.stderr)
         status = FAILED
@@ -151,6 +155,10 @@ def _measure(
                     progress.console.print(f"{bars.title(found)}: {', '.join(times)} ms")
             except torch.OutOfMemoryError as error:
                 document["not_measured"].append(f"{case}, {phase}: {str(error).splitlines()[0]}")
+            except torch.AcceleratorError as error:
+                where, what = progress.tasks[0].description, str(error).splitlines()[0]
+                document["failed"].append(f"{where}: {what}; nothing on the GPU works any more")
+                raise
             spent = time.monotonic() - begun
             needed[phase] = spent if needed[phase] == _FIRST[phase] else max(spent, needed[phase])
             progress.advance(task)

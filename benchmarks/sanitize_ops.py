@@ -14,8 +14,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# Before torch is imported: every tensor gets an allocation of its own. In a shared one, no access is out of bounds.
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+if __name__ == "__main__":
+    # Before torch is imported, every tensor gets an allocation of its own: in a shared one, no access is out of bounds.
+    # Not where a test imports this: graphs could not be captured in its process any more.
+    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from torch import Tensor
 from sparta_kernels import backends, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-12}
 
 # N, C, H, W, share: one element, odd rows, rows of whole vectors and one more, several chunks of a sample.
@@ -39,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sanitize_ops.py", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backend", choices=("native", "triton"), default="native")
+    parser.add_argument("--dtype", nargs="+", choices=_NAMED, default=list(_NAMED), help="default: all")
     parser.add_argument("--quick", action="store_true", help="the smallest shapes alone")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -50,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     some = slice(2 if options.quick else None)
     module, device = backends.module(options.backend), torch.device(options.device)
     checked, wrong = 0, []
-    for dtype in DTYPES:
+    for dtype in (_NAMED[name] for name in options.dtype):
         for what, got, wanted in _results(module, device, dtype, some):
             checked += 1
             error = float((got.cpu().double() - wanted.double()).abs().max() / max(1.0, float(wanted.abs().max())))

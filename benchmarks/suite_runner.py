@@ -62,11 +62,14 @@ class Job:
         """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
-    def run(self, command: Sequence[str | Path], limit: float | None = None, **variables: str) -> tuple[int, str]:
+    def run(
+        self, command: Sequence[str | Path], limit: float | None = None, grace: float = _GRACE, **variables: str
+    ) -> tuple[int, str]:
         """Run a command in the checkout until it ends; its exit status and what it printed.
 
         Raises:
-            StepTimedOut: the deadline, or `limit` seconds, came first. Nothing of the command runs any more.
+            StepTimedOut: the deadline, or `limit` seconds, came first, and then `grace` seconds for the command to save
+                what it has. Nothing of it runs any more.
         """
         parts = [str(part) for part in command]
         self.commands.append(shlex.join([*(f"{key}={value}" for key, value in variables.items()), *parts]))
@@ -89,23 +92,25 @@ class Job:
             except subprocess.TimeoutExpired:
                 raise StepTimedOut(f"{Path(parts[0]).name} was stopped at its limit") from None
             finally:
-                stop(process)
+                stop(process, grace)
         with self.log.open("rb") as log:
             log.seek(start)
             return process.returncode, log.read().decode(errors="replace")
 
-    def python(self, *arguments: str | Path, limit: float | None = None, **variables: str) -> tuple[int, str]:
+    def python(
+        self, *arguments: str | Path, limit: float | None = None, grace: float = _GRACE, **variables: str
+    ) -> tuple[int, str]:
         """Run this interpreter with these arguments."""
-        return self.run([sys.executable, *arguments], limit, **variables)
+        return self.run([sys.executable, *arguments], limit, grace, **variables)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes], grace: float = _GRACE) -> None:
     """End what is left of a command: ask its whole group, and kill it where that takes too long."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
+            process.wait(grace)
     with contextlib.suppress(ProcessLookupError):  # the workers of one that has ended are in its group still
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -70,6 +70,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs an NVIDIA GPU")
 
 
+@pytest.hookimpl(trylast=True)  # the report has been sent by then
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """After an access that is not allowed nothing on the GPU works any more in this process: end it.
+
+    Else it would take over, and fail, what the others have still to do. pytest-xdist starts another one.
+    """
+    if report.failed and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 @contextmanager
 def _in_force(computed: Computed) -> Iterator[str]:
     """The backend's name, with its instruction set in force and its device the default one."""

@@ -69,6 +69,29 @@ def test_an_attack_by_wrong_kernels_is_not_timed(attack, tmp_path, monkeypatch, 
     assert "native computes a wrong logits" in capsys.readouterr().err
 
 
+def test_an_attack_that_breaks_costs_no_other(attack, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("gate_forward: CUDA launch failed")
+
+    path = tmp_path / "attack.json"
+    monkeypatch.setattr(backends.module("native"), "gate_forward", broken)
+    assert run_attack(attack, path, "--precision", "fp32") == attack.FAILED
+    document = json.loads(path.read_text())
+    assert list(document["results"][0]["candidates"]) == ["reference", "relu"]
+    assert document["failed"] == ["fp32: native: RuntimeError: gate_forward: CUDA launch failed"]
+
+
+def test_a_gpu_that_breaks_down_ends_an_attack(attack, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+
+    path = tmp_path / "attack.json"
+    monkeypatch.setattr(backends.module("native"), "gate_forward", broken)
+    assert run_attack(attack, path) == attack.FAILED
+    (failure,) = json.loads(path.read_text())["failed"]
+    assert failure.startswith("fp32: CUDA error: an illegal memory access was encountered; nothing")
+
+
 def test_an_attack_without_time(attack, tmp_path, capsys):
     path = tmp_path / "attack.json"
     assert run_attack(attack, path, "--budget", "0.001") == 0

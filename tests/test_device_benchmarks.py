@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import sys
 import time
 import weakref
@@ -316,6 +317,27 @@ def test_a_case_for_which_memory_is_short_is_left_out(seeming_gpu, modules, tmp_
     assert document["not_measured"] == [f"2x8x4x4 fp32 {layout}, measure: {short}" for layout in layouts]
 
 
+def test_a_gpu_that_breaks_down_ends_the_command(seeming_gpu, tmp_path, monkeypatch, capsys):
+    """What was measured before stays, and where it happened is told."""
+    path, native = tmp_path / "ops.json", backends.module("native")
+    gate_forward = native.gate_forward
+
+    def forward(x, *others):
+        if x.shape == (2, 4, 8, 8):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+        return gate_forward(x, *others)
+
+    monkeypatch.setattr(native, "gate_forward", forward)
+    arguments = ["--device", "cuda", *SMALL, "--operation", "gate", "--candidates", "copy", "kernel"]
+    assert seeming_gpu.main([*arguments, "--json", str(path)]) == seeming_gpu.FAILED
+    document = json.loads(path.read_text())
+    assert {tuple(cell["shape"]) for cell in document["results"]} == {(2, 8, 4, 4)}
+    assert document["failed"] == [
+        "2x4x8x8 fp32 nchw: checking kernel: CUDA error: an illegal memory access was encountered; "
+        "nothing on the GPU works any more"
+    ]
+
+
 @pytest.mark.gpu
 def test_the_command_on_a_gpu(modules, tmp_path, capsys):
     path, tf32 = tmp_path / "ops.json", torch.backends.cudnn.allow_tf32
@@ -433,3 +455,6 @@ def test_the_sanitized_script_checks_what_it_runs(modules, monkeypatch, capsys):
     monkeypatch.setattr(native, "conv_backward", lambda *args: tuple(g * 1.1 for g in backward(*args)))
     assert script.main(["--quick"]) == 1
     assert "sanitize_ops.py: wrong: conv (1, 1, 1, 1) gradient torch.float32" in capsys.readouterr().err
+    assert script.main(["--quick", "--dtype", "float16"]) == 1
+    assert "50 results of native on cpu checked, 4 wrong" in capsys.readouterr().out
+    assert "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ  # for the script's own process alone

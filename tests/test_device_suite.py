@@ -69,7 +69,6 @@ def test_rehearsal_leaves_few_small_files(rehearsal):
         "suite.json",
         "build.log",
         "test.log",
-        "sanitize.log",
         "benchmarks.log",
         "ops.json",
         "attack.json",
@@ -295,6 +294,39 @@ def test_time_is_shared(suite):
     assert suite.run("--limit", "150", "--fresh") == 1
     assert suite.statuses() == {"long": "passed", "short": "passed", "large": "timed out"}
     assert "not begun: it needs 200 s, 140 were left" in suite.document["steps"]["large"]["reason"]
+
+
+def test_what_is_asked_for_alone_shares_all_the_time(suite):
+    left = {}
+
+    def look(name):
+        return lambda job: left.setdefault(name, job.left())
+
+    suite.add("first", look("first"), limit=50.0)
+    suite.add("second", look("second"), limit=20.0)
+    suite.add("third", look("third"), limit=10.0)
+    assert suite.run("--limit", "130", "--only", "second,third") == 0
+    assert left["second"] == pytest.approx(80, abs=2)  # of 120, as 20 to 10
+    assert left["third"] == pytest.approx(40, abs=2)
+
+
+def test_a_module_that_is_not_there_is_built(suite, monkeypatch):
+    """A result of the same sources holds on a machine that has just begun, with nothing built on it."""
+    suite.add("build")
+    suite.add("test", needs=("build",))
+    suite.add("choices", after=("test",))
+    monkeypatch.setattr(suite.module, "is_built", lambda: False)
+    assert suite.run() == 0
+    assert suite.done == ["build", "test", "choices"]
+    assert suite.run() == 0
+    assert suite.done == ["build"]
+    assert suite.run("--only", "test") == 0
+    assert suite.done == ["build", "test"]
+    assert suite.run("--only", "choices") == 0
+    assert suite.done == ["choices"]
+    monkeypatch.setattr(suite.module, "is_built", lambda: True)
+    assert suite.run() == 0
+    assert suite.done == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

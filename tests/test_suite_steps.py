@@ -86,6 +86,20 @@ def test_faults_under_the_sanitizer(modules, job, tmp_path, monkeypatch):
     assert job.commands[0].count("--report-api-errors no") == 1
 
 
+def test_wrong_results_under_the_sanitizer(modules, job, tmp_path, monkeypatch):
+    """What the script says of them, not that the tool found no errors of its own."""
+    fake_sanitizer(
+        tmp_path,
+        monkeypatch,
+        "print('5 results of native on cuda checked, 2 wrong\\n========= ERROR SUMMARY: 0 errors')\n"
+        "sys.exit(tool == 'memcheck')",
+    )
+    with pytest.raises(modules["suite_runner"].StepFailed, match="faults under memcheck native, memcheck triton"):
+        modules["suite_steps"].sanitize(job)
+    assert job.figures["memcheck native"] == "5 results of native on cuda checked, 2 wrong"
+    assert job.figures["racecheck native"] == "clean"
+
+
 def test_no_sanitizer(modules, job, tmp_path, monkeypatch):
     steps, skipped = modules["suite_steps"], modules["suite_runner"].StepSkipped
     monkeypatch.setattr(steps, "_SANITIZER", tmp_path / "none")
@@ -104,6 +118,57 @@ def test_tools_for_which_no_time_is_left_are_named(modules, job, tmp_path, monke
     modules["suite_steps"].sanitize(job)
     assert list(job.figures.values())[:2] == ["clean", "clean"]
     assert "no time left" in job.figures.values()
+
+
+def test_a_tool_that_takes_too_long_costs_nothing_that_is_needed(modules, job, tmp_path, monkeypatch):
+    fake_sanitizer(tmp_path, monkeypatch, "import time\nif sys.argv[-1] == 'triton': time.sleep(600)")
+    job.deadline = time.monotonic() + 3
+    modules["suite_steps"].sanitize(job)
+    assert job.figures == {
+        "memcheck native": "clean",
+        "racecheck native": "clean",
+        "memcheck triton": "stopped, no time left",
+    }
+
+
+SIDE_BY_SIDE = """
+import os, signal, time, pytest
+@pytest.mark.parametrize("i", range(40))
+def test_a(i):
+    assert i != 3, "three"
+    if i == 7:
+        {trouble}
+"""
+HANGS = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); [time.sleep(1) for _ in range(600)]"
+
+
+@pytest.fixture
+def side_by_side(modules, job, tmp_path, monkeypatch):
+    pytest.importorskip("xdist")
+    steps = modules["suite_steps"]
+    monkeypatch.setattr(steps, "_WORKERS", 3)
+
+    def run(trouble):
+        (tmp_path / "test_a.py").write_text(SIDE_BY_SIDE.format(trouble=trouble))
+        steps._pytest(job, "some", str(tmp_path), "--rootdir", str(tmp_path), *steps._side_by_side())
+
+    return run
+
+
+def test_a_process_that_dies_fails_its_test_and_is_replaced(side_by_side, job):
+    side_by_side("os._exit(1)")
+    assert [job.figures[key] for key in ("passed", "failed", "errors")] == [38, 1, 1]
+    failures = "\n".join(job.figures["failures"])
+    assert "test_a[3]: AssertionError: three" in failures
+    assert "crashed while running" in failures
+
+
+def test_a_process_that_hangs_does_not_cost_the_others_results(modules, side_by_side, job):
+    job.deadline = time.monotonic() + 25
+    with pytest.raises(modules["suite_runner"].StepTimedOut):
+        side_by_side(HANGS)
+    assert job.figures["passed"] >= 35  # some may have stood behind the one that hangs
+    assert job.figures["errors"] == 0
 
 
 def test_what_a_benchmark_measured_before_it_was_stopped_is_kept(modules, job, tmp_path, monkeypatch):
