@@ -16,9 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel, make_backend
-from triton.runtime.jit import create_function_from_signature
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -27,7 +24,10 @@ WARP = 32  # threads
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of one kernel. The tensors among its arguments may be on the device "meta": then it only compiles."""
+    """One launch of one kernel.
+
+    The tensors among its arguments may be on the device "meta", for a launch that is only compiled (`kernel.warmup`).
+    """
 
     kernel: Any
     programs: int
@@ -42,21 +42,6 @@ class Launch:
 
     def run(self) -> None:
         self.kernel[(self.programs,)](*self.arguments, **self.options)
-
-    def compile(self, capability: int) -> CompiledKernel:
-        """Compile for a CUDA compute capability (90 for sm_90), with no GPU, exactly what `run` would there.
-
-        Not where TRITON_INTERPRET is set: kernels are plain Python then.
-        """
-        target = GPUTarget("cuda", capability, WARP)
-        backend = make_backend(target)
-        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
-        bound, specialization, options = bind(*self.arguments, **self.options)
-        parsed, signature, constants, attributes = self.kernel._pack_args(
-            backend, self.options, bound, specialization, options
-        )
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=parsed.__dict__)
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
