@@ -42,6 +42,14 @@ def _work(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
+def _check_pixels(operation: str, name: str, pixels: int) -> None:
+    """These kernels count a sample's pixels in 32 bits; all else is 64 bits wide."""
+    if pixels > 2**31 - 2**12:
+        raise ValueError(
+            f"{operation}: {name} must have at most 2**31 - 2**12 pixels for backend 'triton', got {pixels}"
+        )
+
+
 # ---- the gate ----------------------------------------------------------------------------------------------
 
 
@@ -182,6 +190,7 @@ def plan_gate_backward(
         for sums, grad in zip((pixel_sums, channel_sums, kernel_sums), grads, strict=True)
     ]
     if any(grad is not None for grad in left):
+        _check_pixels("sparta_gate", "x", height * width)
         cell_height, cell_width = min(share, height), min(share, width)
         terms = min(1024, power_above(cell_height * cell_width * pixel_parts))
         cell_blocks = 0 if left[0] is None else ceil_div(cells_high * cells_wide, 1024 // terms)
@@ -234,6 +243,7 @@ def gate_backward(
 
 def _correlate(source: Tensor, kernel: Tensor, output: Tensor, flipped: bool) -> Launch:
     samples, _, height, width = source.shape
+    _check_pixels("dynamic_conv", "spatial", height * width)
     size = kernel.shape[-1]
     tiling = conv_tiling(height * width, size, source.itemsize)
     blocks = ceil_div(height * width, tiling.pixels)
@@ -268,6 +278,7 @@ def plan_conv_backward(
         launches.append(_correlate(grad_output, kernel, grad_spatial, True))
     if grad_kernel is not None:
         samples, _, height, width = spatial.shape
+        _check_pixels("dynamic_conv", "spatial", height * width)
         size = kernel.shape[-1]
         taps = size * size
         rows_in_part = max(1, 16384 // width)

@@ -76,14 +76,14 @@ def conv_grad_kernel(
     """
     ACC: tl.constexpr = tl.float64 if source.dtype.element_ty == tl.float64 else tl.float32
     tap_block = tl.program_id(0) % tap_blocks
-    part = tl.program_id(0) // tap_blocks % parts
+    part = (tl.program_id(0) // tap_blocks % parts).to(tl.int64)
     n = (tl.program_id(0) // (tap_blocks * parts)).to(tl.int64)
     tap = tap_block * TAPS + tl.arange(0, TAPS)[:, None]
     down = tap // SIZE - SIZE // 2
     right = tap % SIZE - SIZE // 2
     sample = n * height * width
-    first = part.to(tl.int64) * rows_in_part * width
-    end = tl.minimum(first + rows_in_part * width, height.to(tl.int64) * width)
+    first = part * rows_in_part * width
+    end = tl.minimum((part + 1) * rows_in_part, height) * width
     total = tl.full([TAPS, BLOCK], 0.0, ACC)
     for start in range(bound(first), bound(end), BLOCK):
         pixel = start + tl.arange(0, BLOCK)[None, :]
