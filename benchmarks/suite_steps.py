@@ -364,7 +364,7 @@ def _json_line(output: str) -> Any:
 STEPS = {
     "build": Step(build, limit=200, least=20, log="build.log"),
     "test": Step(test, limit=200, least=60, log="test.log", needs=("build",)),
-    "sanitize": Step(sanitize, limit=100, least=30, log="test.log", needs=("build",)),
+    "sanitize": Step(sanitize, limit=130, least=30, log="test.log", needs=("build",)),
     "ops": Step(ops, limit=200, least=60, log="benchmarks.log", needs=("build",)),
     "attack": Step(attack, limit=75, least=60, log="benchmarks.log", needs=("build",)),
     "choices": Step(choices, limit=20, least=10, log="benchmarks.log", after=("ops",)),

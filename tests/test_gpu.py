@@ -1,6 +1,7 @@
 """What only a GPU can show. The tests of the operations themselves also run there: see `backend` in conftest.py."""
 
 import ctypes
+import gc
 import itertools
 import math
 from collections.abc import Callable
@@ -286,6 +287,15 @@ def test_nothing_but_the_results_is_allocated(backend):
 # ---- torch around it ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    gc.collect()  # its graphs: one that is destroyed while another is captured breaks the capture
+
+
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compile(backend, layout, mode):
@@ -302,7 +312,6 @@ def test_compile(backend, layout, mode):
             results.append([y.detach().clone(), *(g.clone() for g in torch.autograd.grad(y, leaves, gy))])
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
