@@ -140,9 +140,16 @@ FAULTS = [
     ),
     Fault("cuda-lanes", f"{CUDA}/gate_backward.cu", "sum_lanes(col_sum, near, kWarp);", "", GATE, EMULATED),
     Fault("cuda-kernel", f"{CUDA}/gate_backward.cu", "kernel * sum[0]", "sum[0]", GATE, EMULATED),
-    Fault("cuda-scratch", f"{CUDA}/gate_backward.cu", "tiles.col_blocks * tiles.rows);", "1);", GATE, EMULATED),
+    Fault("cuda-scratch", f"{CUDA}/gate_backward.cu", "int64_t{tiles.col_blocks} * tiles.rows;", "0;", GATE, EMULATED),
     Fault("cuda-wait", f"{CUDA}/gate_forward.cu", "wait<ring - 1>()", "wait<ring>()", ORDERS, "order"),
     # Triton's.
+    Fault(
+        "triton-slope", f"{TRITON}/gate.py", "grad * relu(value) * complement", "grad * relu(value)", GATE, INTERPRETED
+    ),
+    Fault("triton-weight", f"{TRITON}/gate.py", "row = level * weight", "row = level", GATE, INTERPRETED),
+    Fault("triton-final", f"{TRITON}/gate.py", "row_sum * weight if FINAL else", "", GATE, INTERPRETED),
+    Fault("triton-parts", f"{TRITON}/gate.py", "piece < kernel_parts,", "piece < 1,", GATE, INTERPRETED),
+    Fault("triton-border", f"{TRITON}/conv.py", "(w + right < width)", "(w + right <= width)", CONV, INTERPRETED),
     # Conv5.
     Fault("conv-not-flipped", "csrc/cpu/conv.cpp", "= kernel[taps - 1 - i]", "= kernel[i]", CONV),
     Fault("conv-border", "csrc/cpu/conv.cpp", "input.row(h + i) + j;", "input.row(h + j) + i;", CONV),
