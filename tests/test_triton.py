@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FLOATS, GateCase, assert_same_bits
+from cases import FLOATS, ConvCase, GateCase, assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparta_kernels import backends
+from sparta_kernels import backends, dynamic_conv, reference
 
 pytest.importorskip("triton")
 
@@ -254,3 +254,29 @@ def test_samples_that_share_a_program_are_their_own():
         assert_same_bits(y[n : n + 1], triton.gate_forward(*alone, 1), f"y, {n}")
         for got, want in zip(grads, triton.gate_backward(gy[n : n + 1], *alone, 1, [True] * 4), strict=True):
             torch.testing.assert_close(got[n : n + 1], want)
+
+
+@interpreted
+def test_parts_of_a_large_map_are_added_up():
+    from test_dynamic_conv import check
+
+    case = ConvCase((2, 600, 90), 3, torch.float32, torch.float32)
+    spatial, kernel = empty(2, 1, 600, 90), empty(2, 3, 3)
+    backward = triton.plan_conv_backward(spatial, spatial, kernel, [False, True])[0]
+    assert [entry.kernel.__name__ for entry in backward] == ["conv_grad_kernel", "conv_finish"]
+    check(case, "triton")
+
+
+@interpreted
+def test_an_infinite_tap_reaches_what_it_does_in_the_reference():
+    """Forward it makes NaNs of the zeros around the map; backward there is nothing around it."""
+    spatial, kernel = ConvCase((1, 4, 5), 3, torch.float32, torch.float32).inputs()
+    kernel[0, 0, 2] = torch.inf
+    spatial.requires_grad_()
+    want = reference.dynamic_conv(spatial, kernel)
+    (gradient,) = torch.autograd.grad(want.sum(), spatial)
+    got = dynamic_conv(spatial, kernel, backend="triton")
+    torch.testing.assert_close(got, want, equal_nan=True)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), spatial)[0], gradient, equal_nan=True)
+    assert want.isnan().any()
+    assert not gradient.isnan().any()
