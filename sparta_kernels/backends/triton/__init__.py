@@ -248,7 +248,7 @@ def _correlate(source: Tensor, kernel: Tensor, output: Tensor, flipped: bool) ->
     tiling = conv_tiling(height * width, size, source.itemsize)
     blocks = ceil_div(height * width, tiling.pixels)
     arguments = (source, kernel, output, height, width, blocks, size, flipped, tiling.taps, tiling.pixels)
-    return Launch(conv.conv_correlate, samples * blocks, arguments, tiling.warps)
+    return Launch(conv.conv_correlate, samples * blocks, arguments, tiling.warps, tiling.registers)
 
 
 def plan_conv_forward(spatial: Tensor, kernel: Tensor) -> tuple[list[Launch], Tensor]:
@@ -292,7 +292,8 @@ def plan_conv_backward(
         arguments = (grad_output, spatial, sums, height, width, parts, rows_in_part, tap_blocks)
         constants = (size, tiling.taps, tiling.pixels)
         programs = samples * parts * tap_blocks
-        launches.append(Launch(conv.conv_grad_kernel, programs, arguments + constants, tiling.warps))
+        options = (tiling.warps, tiling.registers)
+        launches.append(Launch(conv.conv_grad_kernel, programs, arguments + constants, *options))
         if parts > 1:
             finish = (sums, grad_kernel, taps, parts, power_above(taps), min(16, power_above(parts)), triton_work)
             launches.append(Launch(conv.conv_finish, samples, finish))

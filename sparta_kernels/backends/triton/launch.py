@@ -186,9 +186,12 @@ class ConvTiling(NamedTuple):
     taps: int
     pixels: int
     warps: int
+    registers: int  # of a thread, at most
 
 
 def conv_tiling(pixels: int, size: int, itemsize: int) -> ConvTiling:
     """At most 32 products a thread at a time."""
     width = min(512 if itemsize == 8 else 1024, power_above(pixels))  # 16 warps have 128 registers a thread at most
-    return ConvTiling(power_above(size * size) if size <= 3 else 8, width, max(1, width // (2 * WARP)))
+    warps = max(1, width // (2 * WARP))
+    # All that there are: left alone, ptxas spills for an occupancy that is not needed.
+    return ConvTiling(power_above(size * size) if size <= 3 else 8, width, warps, min(255, 65536 // (WARP * warps)))
