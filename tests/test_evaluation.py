@@ -158,7 +158,6 @@ def test_peak_memory_is_none_where_it_cannot_be_reset(model, images, labels, mon
         ("backend", "cudnn", ValueError),
         ("backend", 3, TypeError),
         ("backend", None, TypeError),
-        ("backend", "triton", ValueError),
         ("progress", 3, TypeError),
     ],
 )
