@@ -136,8 +136,8 @@ def gate_backward_tiling(
     to fill the machine, or so little in them that nothing is gained by dividing. Else a sample is divided by pixels, so
     that gradients of pixels are whole, and only if that is not enough, or not possible, by channels.
 
-    A tile is 64 bytes a thread of x and as much of gy. That takes 128 registers or little more, so that 12 to 16 warps,
-    with 48 to 64 kB under way, fit into a multiprocessor; where masks, strides or cells (`plain` is false) take
+    A tile is 64 bytes a thread of x and as much of gy. That takes 165 registers or fewer on sm_90, so that 12 warps, with
+    48 kB under way, fit into a multiprocessor; where masks, strides or cells (`plain` is false) take
     registers too, it is half of that.
     """
     widest = 512 if itemsize == 8 else 1024  # sums over rows are kept for every column
@@ -176,9 +176,9 @@ def _backward_tiles(
     at_once = max(1, threads * (16 // itemsize) // width)  # rows that the threads hold with 16 bytes each
     fold = max(1, height // at_once) if together == 1 else 1
     even = rows % rows_in_part == 0 and rows_in_part % height == 0 and cols % width == 0 and samples % together == 0
-    # Left alone, ptxas spills a register or two of the smaller tiles for an occupancy that is not needed.
-    small = size == 64 and itemsize < 8 and together * height * width <= 16 * threads
-    registers = 96 if small else None
+    # Left alone, ptxas spills a register or two of some tiles for an occupancy that is not needed.
+    small = together * height * width <= 16 * threads
+    registers = (96 if small else 255) if size == 64 and itemsize < 8 else None
     return BackwardTiling(together, height, width, fold, row_parts, col_parts, rows_in_part, warps, even, registers)
 
 
