@@ -136,8 +136,8 @@ def gate_backward_tiling(
     to fill the machine, or so little in them that nothing is gained by dividing. Else a sample is divided by pixels, so
     that gradients of pixels are whole, and only if that is not enough, or not possible, by channels.
 
-    A tile is 64 bytes a thread of x and as much of gy. That takes 165 registers or fewer on sm_90, so that 12 warps, with
-    48 kB under way, fit into a multiprocessor; where masks, strides or cells (`plain` is false) take
+    A tile is 64 bytes a thread of x and as much of gy. That takes 165 registers or fewer on sm_90, so that 12 warps,
+    with 48 kB under way, fit into a multiprocessor; where masks, strides or cells (`plain` is false) take
     registers too, it is half of that.
     """
     widest = 512 if itemsize == 8 else 1024  # sums over rows are kept for every column
