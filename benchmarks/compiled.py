@@ -130,11 +130,11 @@ def triton_launches() -> Iterator[tuple[str, str, str, Any]]:
                     yield from ((launch.kernel.__name__, dtype_name, case, launch) for launch in launches)
         images, indices = empty(BATCH, 3, 32, 32, dtype=dtype), empty(BATCH, dtype=torch.int64)
         spatial, kernel = empty(BATCH, 1, 32, 32, dtype=dtype), empty(BATCH, 3, 3, dtype=dtype)
-        for case, (launches, _) in {
+        for case, launches in {
             "3x32x32": triton.plan_pgd_step(images, images, images, 0.1, 0.1, 0.0, 1.0),
             "3x32x32 ": triton.plan_pgd_start(images, images, indices, 0.1, 0, 0, 0.0, 1.0),
-            "3x3": triton.plan_conv_forward(spatial, kernel),
-            "3x3 ": triton.plan_conv_backward(spatial, spatial, kernel, [True, True]),
+            "3x3": triton.plan_conv_forward(spatial, kernel)[0],
+            "3x3 ": triton.plan_conv_backward(spatial, spatial, kernel, [True, True])[0],
         }.items():
             yield from ((launch.kernel.__name__, dtype_name, case.strip(), launch) for launch in launches)
 

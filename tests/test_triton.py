@@ -127,8 +127,8 @@ def test_what_is_not_wanted_is_not_allocated(wanted):
 def test_the_attack_is_compiled_without_contraction():
     images, indices = empty(2, 3, 8, 8), torch.empty(2, dtype=torch.int64, device="meta")
     launches = [
-        *triton.plan_pgd_step(images, images, images, 0.1, 0.1, 0.0, 1.0)[0],
-        *triton.plan_pgd_start(images, images, indices, 0.1, 0, 0, 0.0, 1.0)[0],
+        *triton.plan_pgd_step(images, images, images, 0.1, 0.1, 0.0, 1.0),
+        *triton.plan_pgd_start(images, images, indices, 0.1, 0, 0, 0.0, 1.0),
     ]
     assert [entry.options["enable_fp_fusion"] for entry in launches] == [False, False]
 
@@ -198,8 +198,8 @@ def launches_of_every_kind():
     ):
         images = empty(*shape, dtype=dtype or torch.float32, channels_last=channels_last)
         indices = torch.empty(shape[0], dtype=torch.int64, device="meta")
-        step = triton.plan_pgd_step(images, images, images, 1.0, 0.5, 0.0, 1.0)[0]
-        start = triton.plan_pgd_start(images, images, indices, 0.5, 1, 0, 0.0, 1.0)[0]
+        step = triton.plan_pgd_step(images, images, images, 1.0, 0.5, 0.0, 1.0)
+        start = triton.plan_pgd_start(images, images, indices, 0.5, 1, 0, 0.0, 1.0)
         yield from ((f"pgd {shape}", entry) for entry in step + start)
 
 

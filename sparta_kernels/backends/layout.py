@@ -6,6 +6,8 @@ columns pixels (planar, NCHW), or rows are pixels and columns channels (channels
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -80,5 +82,11 @@ def in_order_of(tensor: Tensor, model: Tensor) -> Tensor:
     return torch.empty_like(model).copy_(tensor)
 
 
-def is_gapless(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+@contextmanager
+def gapless(tensor: Tensor) -> Iterator[Tensor]:
+    """`tensor`, to be written in place, or a copy of it without gaps that is written back at the end."""
+    whole = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+    target = tensor if whole else tensor.contiguous()
+    yield target
+    if target is not tensor:
+        tensor.copy_(target)

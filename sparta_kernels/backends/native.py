@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparta_kernels.backends.layout import Output, Rows, as_rows, in_order_of, is_gapless, is_planar
+from sparta_kernels.backends.layout import Output, Rows, as_rows, gapless, in_order_of, is_planar
 
 try:
     from sparta_kernels import _native
@@ -137,22 +137,20 @@ def conv_backward(
 def pgd_step(
     adv: Tensor, grad: Tensor, clean: Tensor, signed_step: float, eps: float, lower: float, upper: float
 ) -> None:
-    target = adv if is_gapless(adv) else adv.contiguous()
-    grad, clean = in_order_of(grad, target), in_order_of(clean, target)
-    _native.pgd_step(
-        target.numel(),
-        _DTYPES[adv.dtype],
-        target.data_ptr(),
-        grad.data_ptr(),
-        clean.data_ptr(),
-        signed_step,
-        eps,
-        lower,
-        upper,
-        _place(adv),
-    )
-    if target is not adv:
-        adv.copy_(target)
+    with gapless(adv) as target:
+        grad, clean = in_order_of(grad, target), in_order_of(clean, target)
+        _native.pgd_step(
+            target.numel(),
+            _DTYPES[adv.dtype],
+            target.data_ptr(),
+            grad.data_ptr(),
+            clean.data_ptr(),
+            signed_step,
+            eps,
+            lower,
+            upper,
+            _place(adv),
+        )
 
 
 def pgd_start(
@@ -165,21 +163,19 @@ def pgd_start(
     lower: float,
     upper: float,
 ) -> None:
-    target = adv if is_gapless(adv) else adv.contiguous()
-    clean, indices = in_order_of(clean, target), indices.contiguous()
-    _native.pgd_start(
-        tuple(target.shape),
-        tuple(target.stride()),
-        _DTYPES[adv.dtype],
-        target.data_ptr(),
-        clean.data_ptr(),
-        indices.data_ptr(),
-        seed,
-        restart,
-        eps,
-        lower,
-        upper,
-        _place(adv),
-    )
-    if target is not adv:
-        adv.copy_(target)
+    with gapless(adv) as target:
+        clean, indices = in_order_of(clean, target), indices.contiguous()
+        _native.pgd_start(
+            tuple(target.shape),
+            tuple(target.stride()),
+            _DTYPES[adv.dtype],
+            target.data_ptr(),
+            clean.data_ptr(),
+            indices.data_ptr(),
+            seed,
+            restart,
+            eps,
+            lower,
+            upper,
+            _place(adv),
+        )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparta_kernels.backends.layout import Output, as_rows, in_order_of, is_gapless, is_planar
+from sparta_kernels.backends.layout import Output, as_rows, gapless, in_order_of, is_planar
 
 try:
     import triton.language as tl
@@ -313,24 +313,21 @@ def conv_backward(
 
 def plan_pgd_step(
     adv: Tensor, grad: Tensor, clean: Tensor, signed_step: float, eps: float, lower: float, upper: float
-) -> tuple[list[Launch], Tensor]:
-    """The launches, and the tensor that they write: adv, or a copy of it in an order that has no gaps."""
-    target = adv if is_gapless(adv) else adv.contiguous()
+) -> list[Launch]:
+    """The launches for an adv without gaps."""
     if adv.numel() == 0:
-        return [], adv
+        return []
     block = 4096 // adv.itemsize  # with 4 warps 32 bytes a thread of each tensor
-    arguments = (target, in_order_of(grad, target), in_order_of(clean, target), signed_step, eps, lower, upper)
-    constants = (target.numel(), target.numel() % block == 0, block)
-    return [Launch(pgd.pgd_step, ceil_div(target.numel(), block), arguments + constants, fused=False)], target
+    arguments = (adv, in_order_of(grad, adv), in_order_of(clean, adv), signed_step, eps, lower, upper)
+    constants = (adv.numel(), adv.numel() % block == 0, block)
+    return [Launch(pgd.pgd_step, ceil_div(adv.numel(), block), arguments + constants, fused=False)]
 
 
 def pgd_step(
     adv: Tensor, grad: Tensor, clean: Tensor, signed_step: float, eps: float, lower: float, upper: float
 ) -> None:
-    launches, target = plan_pgd_step(adv, grad, clean, signed_step, eps, lower, upper)
-    run(launches, adv.device)
-    if target is not adv:
-        adv.copy_(target)
+    with gapless(adv) as target:
+        run(plan_pgd_step(target, grad, clean, signed_step, eps, lower, upper), adv.device)
 
 
 def plan_pgd_start(
@@ -342,18 +339,17 @@ def plan_pgd_start(
     restart: int,
     lower: float,
     upper: float,
-) -> tuple[list[Launch], Tensor]:
-    """The launches, and the tensor that they write: adv, or a copy of it in an order that has no gaps."""
-    target = adv if is_gapless(adv) else adv.contiguous()
+) -> list[Launch]:
+    """The launches for an adv without gaps."""
     if adv.numel() == 0:
-        return [], adv
-    samples, channels, height, width = target.shape
+        return []
+    samples, channels, height, width = adv.shape
     elements = channels * height * width
     quads = min(1024, power_above(ceil_div(elements, 4)))
     blocks = ceil_div(elements, 4 * quads)
     arguments = (
-        target,
-        in_order_of(clean, target),
+        adv,
+        in_order_of(clean, adv),
         indices.contiguous(),
         seed,
         restart << 8,  # the purpose is 0
@@ -363,12 +359,12 @@ def plan_pgd_start(
         elements,
         height * width,
         width,
-        *target.stride(),
+        *adv.stride(),
         blocks,
-        target.is_contiguous(),
+        adv.is_contiguous(),
         quads,
     )
-    return [Launch(pgd.pgd_start, samples * blocks, arguments, fused=False)], target
+    return [Launch(pgd.pgd_start, samples * blocks, arguments, fused=False)]
 
 
 def pgd_start(
@@ -381,7 +377,5 @@ def pgd_start(
     lower: float,
     upper: float,
 ) -> None:
-    launches, target = plan_pgd_start(adv, clean, indices, eps, seed, restart, lower, upper)
-    run(launches, adv.device)
-    if target is not adv:
-        adv.copy_(target)
+    with gapless(adv) as target:
+        run(plan_pgd_start(target, clean, indices, eps, seed, restart, lower, upper), adv.device)
