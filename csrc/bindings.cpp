@@ -6,6 +6,7 @@
 #include <array>
 
 #include "cpu/dispatch.h"
+#include "cpu/memory.h"
 #include "kernels.h"
 #include "philox.h"
 #if defined(SPARTA_WITH_CUDA)
@@ -149,4 +150,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("supported_isas", &sparta::supported_isas);
   m.def("set_isa", &sparta::set_isa);
   m.def("cuda_info", &sparta::bindings::cuda_info);
+  m.def("malloc_is_glibc", &sparta::malloc_is_glibc);
+  m.def("keep_freed_memory", &sparta::keep_freed_memory, py::call_guard<py::gil_scoped_release>());
+  m.def("return_freed_memory", &sparta::return_freed_memory, py::call_guard<py::gil_scoped_release>());
 }

@@ -11,12 +11,14 @@ except ImportError as error:
 from sparta_kernels._version import __version__
 from sparta_kernels.backends import use_backend
 from sparta_kernels.info import build_info
+from sparta_kernels.memory import keep_freed_memory
 from sparta_kernels.ops import dynamic_conv, pgd_start_, pgd_step_, sparta_gate
 
 __all__ = [
     "__version__",
     "build_info",
     "dynamic_conv",
+    "keep_freed_memory",
     "pgd_start_",
     "pgd_step_",
     "sparta_gate",

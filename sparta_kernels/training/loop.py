@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import attack, data
 from ..attack import checks
 from ..data.files import check_writable
+from ..memory import keep_freed_memory
 from .checkpoint import Checkpoint, CheckpointError, build_model, read_checkpoint, save_checkpoint
 from .settings import Settings, learning_rate
 
@@ -59,6 +60,7 @@ class Epoch:
     learning_rate: float
 
 
+@keep_freed_memory()
 def train(
     settings: Settings,
     checkpoint: str | os.PathLike[str],
@@ -74,7 +76,8 @@ def train(
 
     The attack sees the network in eval mode, the update in train mode. The order of the images depends on
     (seed, epoch) alone, an image's attack on (seed, its index, epoch): a run that was stopped and resumed
-    ends with the very weights, bit for bit, of one that was not (same machine and thread count).
+    ends with the very weights, bit for bit, of one that was not (same machine and thread count). The process keeps
+    the memory that it frees meanwhile (`sparta_kernels.keep_freed_memory`).
 
     Args:
         settings: what to train, and how.
