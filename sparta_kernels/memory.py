@@ -33,7 +33,8 @@ class keep_freed_memory(ContextDecorator):
     128 to 256 CIFAR images then takes 1.2 to 1.6 times as long. Inside the block glibc maps no buffer by itself
     and never trims its heap (``mallopt``: ``M_MMAP_MAX`` 0, ``M_TRIM_THRESHOLD`` -1). After it the process is as
     before, and what is free has been returned (``malloc_trim``), with one difference that glibc lets nobody undo: its
-    thresholds no longer grow with what is freed, but stand at the largest values that they would have reached (buffers above 32 MiB are mapped by themselves, heaps trimmed from 64 MiB on).
+    thresholds no longer grow with what is freed, but stand at the largest values that they would have reached
+    (buffers above 32 MiB are mapped by themselves, heaps trimmed from 64 MiB on).
 
     The setting holds for the process. Blocks may be nested and may overlap in several threads; the last to end
     puts it back. It serves the main thread fully, whichever thread frees the buffers. Buffers that another thread
