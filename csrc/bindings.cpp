@@ -102,6 +102,19 @@ void pgd_start(const std::array<int64_t, 4>& shape, const std::array<int64_t, 4>
   SPARTA_RUN(pgd_start, args)
 }
 
+void relu_forward(int64_t elements, int dtype, Address a, Address b, Address y, Address bits, const Where& where) {
+  const ReluForward args{elements, static_cast<DType>(dtype), pointer(a), pointer(b), pointer(y),
+                         static_cast<uint8_t*>(pointer(bits)), place(where)};
+  SPARTA_RUN(relu_forward, args)
+}
+
+void relu_backward(int64_t elements, int dtype, Address grad, Address grad2, Address bits, Address gx,
+                   const Where& where) {
+  const ReluBackward args{elements, static_cast<DType>(dtype), pointer(grad), pointer(grad2),
+                          static_cast<const uint8_t*>(pointer(bits)), pointer(gx), place(where)};
+  SPARTA_RUN(relu_backward, args)
+}
+
 py::dict cuda_info() {
   py::dict info;
 #if defined(SPARTA_WITH_CUDA)
@@ -141,6 +154,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("conv_backward", &sparta::bindings::conv_backward);
   m.def("pgd_step", &sparta::bindings::pgd_step);
   m.def("pgd_start", &sparta::bindings::pgd_start);
+  m.def("relu_forward", &sparta::bindings::relu_forward);
+  m.def("relu_backward", &sparta::bindings::relu_backward);
   m.def("philox4x32", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
     const sparta::PhiloxWords words = sparta::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
     return std::array<uint32_t, 4>{words.word[0], words.word[1], words.word[2], words.word[3]};

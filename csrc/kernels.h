@@ -99,6 +99,26 @@ struct PgdStart {
   Place place;
 };
 
+// y = relu(a + b). All tensors lie in the same order without gaps, and bit i % 8 of byte i / 8 belongs to element i: it is
+// set where the gradient passes, where y is positive or NaN. Bits behind the last element's are 0.
+struct ReluForward {
+  int64_t elements;
+  DType dtype;
+  const void *a, *b;  // b null: y = relu(a)
+  void* y;            // written; may be a
+  uint8_t* bits;      // ceil(elements / 8) bytes, written unless null
+  Place place;
+};
+
+struct ReluBackward {
+  int64_t elements;
+  DType dtype;
+  const void *grad, *grad2;  // grad2 null: grad alone
+  const uint8_t* bits;
+  void* gx;  // written: grad + grad2 where the bit is set, else 0
+  Place place;
+};
+
 int64_t last_level_cache();  // bytes
 
 // clang-format off
@@ -108,7 +128,9 @@ int64_t last_level_cache();  // bytes
   void conv_forward(const ConvForward&);      \
   void conv_backward(const ConvBackward&);    \
   void pgd_step(const PgdStep&);              \
-  void pgd_start(const PgdStart&);
+  void pgd_start(const PgdStart&);            \
+  void relu_forward(const ReluForward&);      \
+  void relu_backward(const ReluBackward&);
 // clang-format on
 
 // One namespace per instruction set: the same sources, compiled once for each (CMakeLists.txt).

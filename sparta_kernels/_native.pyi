@@ -84,6 +84,26 @@ def pgd_start(
     place: _Place,
     /,
 ) -> None: ...
+def relu_forward(
+    elements: int,
+    dtype: int,
+    a: int,
+    b: int,  # 0: none
+    y: int,
+    bits: int,  # 0: not kept
+    place: _Place,
+    /,
+) -> None: ...
+def relu_backward(
+    elements: int,
+    dtype: int,
+    grad: int,
+    grad2: int,  # 0: none
+    bits: int,
+    gx: int,
+    place: _Place,
+    /,
+) -> None: ...
 def philox4x32(counter: list[int], key: list[int], /) -> list[int]: ...
 def isa() -> str: ...
 def built_isas() -> list[str]: ...

@@ -138,6 +138,19 @@ def dynamic_conv(spatial: Tensor, kernel: Tensor) -> Tensor:
     return out.to(spatial.dtype)
 
 
+def add_relu(a: Tensor, b: Tensor | None = None) -> Tensor:
+    """The backbone's ``relu(a + b)``, or ``relu(a)``: the sum is rounded to its dtype before.
+
+    Args:
+        a: any shape and floating dtype.
+        b: shape and dtype of a.
+
+    Returns:
+        Like a. Differentiable by autograd.
+    """
+    return torch.relu(a if b is None else a + b)
+
+
 # ---- the attention network ---------------------------------------------------------------------------------
 
 

@@ -17,6 +17,8 @@ struct CpuKernels {
   decltype(&baseline::conv_backward) conv_backward;
   decltype(&baseline::pgd_step) pgd_step;
   decltype(&baseline::pgd_start) pgd_start;
+  decltype(&baseline::relu_forward) relu_forward;
+  decltype(&baseline::relu_backward) relu_backward;
 };
 
 const CpuKernels& cpu_kernels();

@@ -229,7 +229,7 @@ struct Simd {  // float and the 16-bit formats
   // A whole cache line, through the cache or past it.
   template <bool stream>
   static SPARTA_INLINE void store_line(T* to, const Vector* values) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(SPARTA_KEEP_SUBNORMALS)
     if constexpr (std::is_same_v<T, bfloat16>) {  // both registers in one conversion
       const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)values[1], (__m512)values[0]);
       return stream ? stream_bits(to, both) : store_bits(to, both);

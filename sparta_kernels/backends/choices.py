@@ -19,7 +19,10 @@ from sparta_kernels.backends.layout import is_planar
 
 FILE = Path(__file__).with_name("choices.csv")
 COLUMNS = ("operation", "capability", "dtype", "layout", "elements", "backend")
-OPERATIONS = ("gate_forward", "gate_backward", "conv_forward", "conv_backward", "pgd_step", "pgd_start")
+OPERATIONS = (
+    *("gate_forward", "gate_backward", "conv_forward", "conv_backward"),
+    *("pgd_step", "pgd_start", "relu_forward", "relu_backward"),
+)
 BACKENDS = ("native", "triton")
 UNMEASURED = "native"
 

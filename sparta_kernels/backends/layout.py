@@ -90,3 +90,30 @@ def gapless(tensor: Tensor) -> Iterator[Tensor]:
     yield target
     if target is not tensor:
         tensor.copy_(target)
+
+
+def in_strides(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """`tensor`, or a copy of it, with those strides, which leave no gaps."""
+    if tensor.stride() == stride:
+        return tensor
+    return tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
+
+
+def is_gapless(tensor: Tensor) -> bool:
+    """Whether every address between the tensor's first and last is that of one element."""
+    return tensor.is_contiguous() or _is_gapless(tensor.shape, tensor.stride())
+
+
+@lru_cache(maxsize=256)
+def _is_gapless(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for step, extent in sorted((step, extent) for step, extent in zip(stride, shape, strict=True) if extent != 1):
+        if step != expected:
+            return False
+        expected *= extent
+    return True
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """New memory for one bit an element."""
+    return torch.empty((tensor.numel() + 7) // 8, dtype=torch.uint8, device=tensor.device)

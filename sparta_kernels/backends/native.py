@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparta_kernels.backends.layout import Output, Rows, as_rows, gapless, in_order_of, is_planar
+from sparta_kernels.backends.layout import Output, Rows, as_rows, bits_of, gapless, in_order_of, in_strides, is_planar
 
 try:
     from sparta_kernels import _native
@@ -179,3 +179,44 @@ def pgd_start(
             upper,
             _place(adv),
         )
+
+
+def _relu(a: Tensor, b: Tensor | None, y: Tensor, keep: bool) -> Tensor | None:
+    """Write y, which has no gaps."""
+    a, b = in_order_of(a, y), None if b is None else in_order_of(b, y)
+    bits = bits_of(y) if keep else None
+    _native.relu_forward(
+        y.numel(),
+        _DTYPES[y.dtype],
+        a.data_ptr(),
+        0 if b is None else b.data_ptr(),
+        y.data_ptr(),
+        0 if bits is None else bits.data_ptr(),
+        _place(y),
+    )
+    return bits
+
+
+def relu_forward(a: Tensor, b: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
+    y = torch.empty_like(a)
+    return y, _relu(a, b, y, keep)
+
+
+def relu_forward_(a: Tensor, b: Tensor | None, keep: bool) -> Tensor | None:
+    return _relu(a, b, a, keep)
+
+
+def relu_backward(grad: Tensor, grad2: Tensor | None, bits: Tensor, stride: tuple[int, ...]) -> Tensor:
+    grad = in_strides(grad, stride)
+    grad2 = None if grad2 is None else in_strides(grad2, stride)
+    gx = torch.empty_like(grad)
+    _native.relu_backward(
+        gx.numel(),
+        _DTYPES[gx.dtype],
+        grad.data_ptr(),
+        0 if grad2 is None else grad2.data_ptr(),
+        bits.data_ptr(),
+        gx.data_ptr(),
+        _place(gx),
+    )
+    return gx

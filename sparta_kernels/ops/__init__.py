@@ -3,5 +3,6 @@
 from sparta_kernels.ops.conv import dynamic_conv
 from sparta_kernels.ops.gate import sparta_gate
 from sparta_kernels.ops.pgd import pgd_start_, pgd_step_
+from sparta_kernels.ops.relu import add_relu, add_relu_fork
 
-__all__ = ["dynamic_conv", "pgd_start_", "pgd_step_", "sparta_gate"]
+__all__ = ["add_relu", "add_relu_fork", "dynamic_conv", "pgd_start_", "pgd_step_", "sparta_gate"]

@@ -15,6 +15,8 @@ EMULATOR_NO_KERNEL(conv_forward, ConvForward)
 EMULATOR_NO_KERNEL(conv_backward, ConvBackward)
 EMULATOR_NO_KERNEL(pgd_step, PgdStep)
 EMULATOR_NO_KERNEL(pgd_start, PgdStart)
+EMULATOR_NO_KERNEL(relu_forward, ReluForward)
+EMULATOR_NO_KERNEL(relu_backward, ReluBackward)
 
 }  // namespace baseline
 }  // namespace sparta
