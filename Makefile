@@ -28,9 +28,10 @@ help:
 	$(PIP) '.[data,report]'
 	@touch $@ && rm -f .venv/installed-dev
 
-# The same, editable, with the tools.
-.venv/installed-dev: .venv/bin/python $(BUILD_FILES)
+# The same, editable, with the tools, and with what the tests and benchmarks compare with.
+.venv/installed-dev: .venv/bin/python $(BUILD_FILES) requirements-compare.txt
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps --requirement requirements-compare.txt
 	@touch $@ .venv/installed
 
 evaluate: .venv/installed
