@@ -127,7 +127,7 @@ def test_default_report(model, images, labels, steps, expected):
 
 
 def test_report_at_equals_separate_runs(model, images, labels):
-    long = pgd(model, images, labels, eps=0.2, step_size=0.03, steps=8, report_at=[8, 0, 3])
+    long = pgd(model, images, labels, eps=0.2, step_size=0.03, steps=8, report_at=[0, 3, 8])
     assert list(long.predictions) == [0, 3, 8]
     changed = 0
     for k in (3, 8):
@@ -302,6 +302,8 @@ WRONG = [
     ("report_at", [7], ValueError),
     ("report_at", [-1], ValueError),
     ("report_at", [2, 2], ValueError),
+    ("report_at", [3, 2], ValueError),
+    ("report_at", [], ValueError),
     ("report_at", [1.5], TypeError),
     ("report_at", 3, TypeError),
     ("report_at", "3", TypeError),
@@ -322,8 +324,9 @@ WRONG = [
     ("restart", -1, ValueError),
     ("restart", 2**24, ValueError),
     ("restart", "0", TypeError),
-    ("precision", "bf16", ValueError),
-    ("precision", None, ValueError),
+    ("precision", "bf17", ValueError),
+    ("precision", "tf32", ValueError),  # not on a CPU
+    ("precision", 16, ValueError),
     ("engine", "graph", ValueError),
     ("progress", 3, TypeError),
     ("model", lambda x: x, TypeError),

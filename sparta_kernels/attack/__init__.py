@@ -1,6 +1,23 @@
 """Attacks on any `torch.nn.Module` that takes images in [0, 1]."""
 
-from .pgd import PGDResult, pgd
+from .engines import ENGINES, Engine
+from .pgd import perturb, pgd
+from .prepare import PRECISIONS, Prepared, prepare
 from .presets import PRESETS, Preset, preset
+from .rewrite import Report
+from .trajectory import PGDResult
 
-__all__ = ["PRESETS", "PGDResult", "Preset", "pgd", "preset"]
+__all__ = [
+    "ENGINES",
+    "PRECISIONS",
+    "PRESETS",
+    "Engine",
+    "PGDResult",
+    "Prepared",
+    "Preset",
+    "Report",
+    "perturb",
+    "pgd",
+    "prepare",
+    "preset",
+]

@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -107,15 +108,15 @@ def within(where: str, name: str, value: Tensor, classes: int) -> None:
 
 
 def iterates(where: str, value: object, steps: int) -> tuple[int, ...]:
-    """`report_at` as a sorted tuple; None means 10, 30, 50 as far as `steps` reaches, and `steps`."""
+    """`report_at` as a tuple, rising; None means 10, 30, 50 as far as `steps` reaches, and `steps`."""
     if value is None:
         return tuple(sorted({k for k in (10, 30, 50) if k < steps} | {steps}))
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise TypeError(f"{where}: report_at must be a sequence of integers in 0..{steps}, got {value!r}")
-    chosen = sorted(integer(where, "each of report_at", k, low=0, high=steps) for k in value)
-    if len(set(chosen)) != len(chosen):
-        raise ValueError(f"{where}: report_at must not name an iterate twice, got {chosen}")
-    return tuple(chosen)
+    chosen = tuple(integer(where, "each of report_at", k, low=0, high=steps) for k in value)
+    if not chosen or any(a >= b for a, b in pairwise(chosen)):
+        raise ValueError(f"{where}: report_at must name one iterate or more, each after the one before, got {chosen}")
+    return chosen
 
 
 def logits(where: str, value: object, count: int) -> Tensor:
@@ -159,7 +160,13 @@ def model(where: str, value: object, like: object) -> nn.Module:
         if module.training:
             part = f"{name!r} ({type(module).__name__})" if name else type(module).__name__
             raise ValueError(f"{where}: model must be in eval mode (call model.eval()), got {part} in training mode")
-    devices = {parameter.device for parameter in value.parameters()}
-    if isinstance(like, Tensor) and devices and like.device not in devices:
-        raise ValueError(f"{where}: images must be on the model's device {devices.pop()}, got {like.device}")
+    on = device_of(value)
+    if isinstance(like, Tensor) and on is not None and like.device != on:
+        raise ValueError(f"{where}: images must be on the model's device {on}, got {like.device}")
     return value
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where the model's first parameter, or else buffer, is: the images belong there. None where it has neither."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return None if first is None else first.device

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from itertools import product
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .activations import make_activation
 from .checks import check_count, check_feature_map
+
+fx.wrap("check_feature_map")  # while the network is traced there is no tensor to check
 
 _GROUPS = 4
 _TERM = re.compile(r"G([0-9]+)\.B([0-9]+)")

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ..ops import dynamic_conv, sparta_gate
 from .checks import check_count, check_feature_map
+from .frozen import Form
+from .frozen_sparta import FrozenSparta
 
 
 class Sparta(nn.Module):
@@ -115,6 +117,10 @@ class Sparta(nn.Module):
         if self.share > 1:
             spatial = F.avg_pool2d(spatial, self.share, ceil_mode=True)
         return sparta_gate(x, spatial, channel, factor, share=self.share)
+
+    def prepare_for_attack(self, form: Form) -> FrozenSparta:
+        """What `attack.prepare` puts in this module's place."""
+        return FrozenSparta(self, form)
 
     def extra_repr(self) -> str:
         return (

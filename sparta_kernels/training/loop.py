@@ -142,9 +142,10 @@ def train(
             if name in previous.momentum:
                 optimizer.state[parameter]["momentum_buffer"] = previous.momentum[name].to(device)
 
+    prepared = attack.prepare(model.eval())
     for number in range(len(history) + 1, settings.epochs + 1):
         start = time.perf_counter()
-        loss, error, rate = _epoch(model, optimizer, images, labels, settings, number, on_batch)
+        loss, error, rate = _epoch(model, prepared, optimizer, images, labels, settings, number, on_batch)
         seconds = time.perf_counter() - start
         _check_finite(model, number)
         clean_error = _error(model, test_images, test_labels, settings.batch_size)
@@ -200,6 +201,7 @@ def model_arguments(settings: Settings) -> dict[str, Any]:
 
 def _epoch(
     model: nn.Module,
+    prepared: attack.Prepared,
     optimizer: torch.optim.SGD,
     images: Tensor,
     labels: Tensor,
@@ -222,20 +224,19 @@ def _epoch(
     for i, rows in enumerate(batches):
         x, y = images[rows].float() / 255, labels[rows]
         if preset is not None:
-            model.eval()
-            x = attack.pgd(
-                model,
+            prepared.refresh()
+            x = attack.perturb(
+                prepared,
                 x,
                 y,
                 eps=preset.eps,
                 step_size=preset.step_size,
                 steps=preset.steps,
-                report_at=(),
                 seed=settings.seed,
                 indices=rows,
                 random_start=not from_clean[i],
                 restart=number,
-            ).adversarial
+            )
         model.train()
         rate = learning_rate(settings, (number - 1) * count + i, count)
         for group in optimizer.param_groups:

@@ -1,0 +1,242 @@
+"""How the iterations of an attack are run: operation by operation, compiled, or as one CUDA graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import pgd_step_
+from . import checks
+from .prepare import PRECISIONS, PRECISIONS_ON_CPU, Prepared
+
+ENGINES = ("auto", "eager", "compile", "graph")
+
+# By device and precision, the fastest engine and where that was measured.
+_MEASURED: dict[tuple[str, str], tuple[str, str]] = {}
+_UNMEASURED = "eager"
+
+
+class Engine(NamedTuple):
+    """What runs an attack's iterations, and why that."""
+
+    name: str
+    reason: str
+
+
+class Step(NamedTuple):
+    """What an iteration does: a step within `eps` (pixel units both), down the loss if `targeted`, else up."""
+
+    eps: float
+    step_size: float
+    targeted: bool
+
+
+Goal = Callable[[int], Tensor]  # the classes whose cross-entropy is driven, of a model with so many classes
+
+
+def choose(engine: str, model: nn.Module, device: torch.device) -> Engine:
+    """The engine asked for, if it can attack `model` on `device`, or the fastest that was measured.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    checks.choice("pgd", "engine", engine, ENGINES)
+    prepared = isinstance(model, Prepared)
+    if engine == "graph" and device.type != "cuda":
+        raise ValueError(f"pgd: engine must be 'auto', 'eager' or 'compile' on a {device.type}, got 'graph'")
+    if engine != "auto":
+        return Engine(engine, "asked for")
+    if not prepared:
+        return Engine("eager", "the model is attacked as it is; attack.prepare makes it faster")
+    return fastest(device.type, model.precision)  # type: ignore[arg-type]
+
+
+def fastest(device: str, precision: str) -> Engine:
+    """The engine that "auto" takes for a prepared model."""
+    return Engine(*_MEASURED.get((device, precision), (_UNMEASURED, f"nothing faster was measured on a {device}")))
+
+
+def chosen() -> dict[str, dict[str, str]]:
+    """For each device here and each precision there, the engine that "auto" takes, and why."""
+    devices: dict[str, tuple[str, ...]] = {"cpu": PRECISIONS_ON_CPU}
+    if torch.cuda.is_available():
+        devices["cuda"] = PRECISIONS
+    return {
+        device: {precision: "{0.name}: {0.reason}".format(fastest(device, precision)) for precision in names}
+        for device, names in devices.items()
+    }
+
+
+class Eager:
+    """Iterations by torch's eager mode, of a network that may be a compiled one.
+
+    Attributes:
+        clean: the images.
+        adversarial: the iterate, rewritten in place.
+        classes: what the cross-entropy is taken to, (N,); None before the model has been called.
+    """
+
+    def __init__(self, model: nn.Module, network: Callable[[Tensor], Any], step: Step) -> None:
+        self._network, self._step = network, step
+        prepared = isinstance(model, Prepared)
+        self._arithmetic: Callable[[], AbstractContextManager[None]] = model.arithmetic if prepared else nullcontext  # type: ignore[assignment]
+        # Gradients of 16 bits with 5 of exponent would vanish; a step takes their sign alone, so nothing is undone.
+        self._scale = 1024.0 if prepared and model.precision == "fp16" else 1.0
+        self._format: torch.memory_format = model.memory_format if prepared else torch.preserve_format  # type: ignore[assignment]
+        self.classes: Tensor | None = None
+
+    def begin(self, images: Tensor, goal: Goal) -> Tensor:
+        """Take new images; returns the iterate, which holds them until something else is written there."""
+        self.clean = images.contiguous(memory_format=self._format) if self._format != torch.preserve_format else images
+        self._goal, self.classes = goal, None
+        self.adversarial = self.clean.clone()
+        return self.adversarial
+
+    def iterate(self) -> tuple[Tensor, Tensor]:
+        """Take a step; returns the logits (N, classes) and losses (N,) where it was taken from."""
+        leaf = self.adversarial.detach().requires_grad_()
+        with self._arithmetic():
+            logits = self._logits(leaf)
+            if not logits.requires_grad:
+                raise ValueError(
+                    "pgd: model must return logits that depend on the images, got a result without a gradient"
+                )
+            losses = self._losses(logits)
+            # Summed, not averaged: an image's gradient must not depend on the size of its batch.
+            (gradient,) = torch.autograd.grad(losses.sum() * self._scale if self._scale != 1 else losses.sum(), leaf)
+        step = self._step
+        pgd_step_(self.adversarial, gradient, self.clean, step.step_size, step.eps, targeted=step.targeted)
+        return logits.detach(), losses.detach()
+
+    @torch.no_grad()
+    def look(self) -> tuple[Tensor, Tensor]:
+        """The logits and losses of the iterate, without a step."""
+        with self._arithmetic():
+            logits = self._logits(self.adversarial)
+            return logits, self._losses(logits)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits = checks.logits("pgd", self._network(images), len(images))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _losses(self, logits: Tensor) -> Tensor:
+        if self.classes is None:
+            self.classes = self._goal(logits.shape[1])
+        return F.cross_entropy(logits, self.classes, reduction="none")
+
+
+class Graph:
+    """Iterations as a CUDA graph: captured once for a batch shape, replayed without the host.
+
+    The graph lives in buffers of its own. Fewer images than it was captured for are filled up with copies of the first.
+    """
+
+    def __init__(self, model: Prepared, step: Step) -> None:
+        self._model, self._step = model, step
+
+    def begin(self, images: Tensor, goal: Goal) -> Tensor:
+        key = (images.shape[1:], images.dtype, images.device, self._step)
+        captured = self._model.captured.get("graph")
+        if captured is None or captured[0] != key or captured[1].room < len(images):
+            self._model.captured.pop("graph", None)  # its memory is needed for the next one
+            captured = (key, _Captured(self._model, self._step, images, goal))
+            self._model.captured["graph"] = captured
+        self._captured, self._count = captured[1], len(images)
+        self._captured.load(images, goal)
+        self.adversarial = self._captured.adversarial[: self._count]
+        return self.adversarial
+
+    def iterate(self) -> tuple[Tensor, Tensor]:
+        logits, losses = self._captured.iterate()
+        return logits[: self._count], losses[: self._count]
+
+    def look(self) -> tuple[Tensor, Tensor]:
+        logits, losses = self._captured.look()
+        return logits[: self._count], losses[: self._count]
+
+
+class _Captured:
+    """One iteration and one look at a batch of `images`, as CUDA graphs."""
+
+    def __init__(self, model: Prepared, step: Step, images: Tensor, goal: Goal) -> None:
+        self.room = len(images)
+        loop = Eager(model, model, step)
+        with torch.cuda.device(images.device):
+            # What is allocated, chosen and compiled at first use has to be before the capture, on another stream.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.adversarial = loop.begin(images.clone(), goal)
+                for _ in range(3):
+                    loop.iterate()
+                loop.look()
+            torch.cuda.current_stream().wait_stream(side)
+            self._clean, self._goal = loop.clean, loop.classes
+            self._count_of_classes = int(loop.look()[0].shape[1])
+            self._iteration, self._look = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._iteration):
+                self._iterated: tuple[Tensor, Tensor] = loop.iterate()
+            with torch.cuda.graph(self._look, pool=self._iteration.pool()):
+                self._looked: tuple[Tensor, Tensor] = loop.look()
+
+    def iterate(self) -> tuple[Tensor, Tensor]:
+        self._iteration.replay()
+        return self._iterated
+
+    def look(self) -> tuple[Tensor, Tensor]:
+        self._look.replay()
+        return self._looked
+
+    def load(self, images: Tensor, goal: Goal) -> None:
+        """Put these images, and what they are driven to, where the graphs read them."""
+        assert self._goal is not None
+        classes, count = goal(self._count_of_classes), len(images)
+        for buffer, values in ((self._clean, images), (self.adversarial, images), (self._goal, classes)):
+            buffer[:count].copy_(values)
+            if count < self.room:
+                buffer[count:] = values[:1]
+
+
+def runner(engine: Engine, model: nn.Module, step: Step) -> Eager | Graph:
+    """What runs the iterations of an attack on `model`."""
+    if engine.name == "graph":
+        assert isinstance(model, Prepared)
+        return Graph(model, step)
+    if engine.name == "compile":
+        assert isinstance(model, Prepared)
+        if "compile" not in model.captured:
+            model.captured["compile"] = torch.compile(model.network)
+        return Eager(model, partial(model, network=model.captured["compile"]), step)
+    return Eager(model, model, step)
+
+
+def begin(
+    engine: Engine, asked: str, model: nn.Module, step: Step, images: Tensor, goal: Goal
+) -> tuple[Engine, Eager | Graph]:
+    """A runner that has taken the images; where "auto" chose one that cannot, the eager one, and the reason.
+
+    Raises:
+        ValueError: a model that cannot be captured, where "graph" was asked for.
+    """
+    chosen = runner(engine, model, step)
+    try:
+        chosen.begin(images, goal)
+        return engine, chosen
+    except (RuntimeError, NotImplementedError) as error:  # what torch raises where a capture is not possible
+        if engine.name != "graph" or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = f"the model cannot be captured ({str(error).splitlines()[0]})"
+        if asked != "auto":
+            raise ValueError(f"pgd: engine must be 'auto', 'eager' or 'compile': {reason}") from error
+        warnings.warn(f"pgd: {reason}: the engine is 'eager'", stacklevel=3)
+        engine = Engine("eager", reason)
+    chosen = runner(engine, model, step)
+    chosen.begin(images, goal)
+    return engine, chosen

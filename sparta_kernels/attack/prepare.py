@@ -1,0 +1,176 @@
+"""A model made ready to be attacked: the same function, differentiable in its images alone, and faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ..nn.frozen import Form
+from . import checks
+from .rewrite import refresh_constants, rewrite
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS_ON_CPU = ("fp32", "bf16")
+
+
+def prepare(model: nn.Module, *, precision: str = "fp32") -> Prepared:
+    """Make an attack-ready view of a network, of any that torch.fx can trace or has parts that it can.
+
+    BatchNorms are folded into the convolutions before them; convolutions keep nothing for weight gradients; ReLUs
+    keep one bit an element and are fused with the additions before them; weights are in the precision and memory
+    format of the attack. What cannot be treated so stays as it is, and stands in the result's `report`.
+
+    The view shares with the model the weights that are used as they are. Others are copies: call `refresh` after
+    the model has learnt.
+
+    Args:
+        model: in eval mode, in all its parts; takes images (N, C, H, W), returns logits. A wrapper
+            (DistributedDataParallel, DataParallel, torch.compile) is looked through.
+        precision: what convolutions and linear layers compute in: "fp32" (as the weights are; exact on a GPU too),
+            "bf16", and on a GPU "tf32" and "fp16". Images and their gradients stay float32.
+
+    Raises:
+        TypeError: model is no `torch.nn.Module`.
+        ValueError: it is in training mode, or is prepared already, or its device cannot compute in `precision`.
+    """
+    model = unwrap(checks.model("prepare", model, None))
+    if isinstance(model, Prepared):
+        raise ValueError("prepare: model must not be prepared already; prepare its .model again")
+    check_precision("prepare", precision, model)
+    return Prepared(model, precision)
+
+
+def check_precision(where: str, precision: str, model: nn.Module) -> None:
+    """Refuse a precision that the model's device does not compute in."""
+    checks.choice(where, "precision", precision, PRECISIONS)
+    device = checks.device_of(model)
+    if device is not None and device.type == "cpu" and precision not in PRECISIONS_ON_CPU:
+        allowed = " or ".join(map(repr, PRECISIONS_ON_CPU))
+        raise ValueError(f"{where}: precision must be {allowed} on a CPU, got {precision!r}")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, out of DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+class Prepared(nn.Module):
+    """What `prepare` makes: ``prepared(images)`` are the model's logits, in float32 at least.
+
+    Its state dict is the model's, and loading one loads the model's weights and refreshes. A copy, or a pickle, is
+    the copied model prepared anew. It moves to no other device and dtype: move the model, and prepare it there.
+
+    Attributes:
+        precision: as given to `prepare`.
+        memory_format: of the images as the network computes.
+        report: what was done to the model, and what was left alone and why.
+    """
+
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.precision = precision
+        device = checks.device_of(model)
+        self.memory_format = _memory_format(device, precision)
+        self._model = (model,)  # in a tuple: its parameters are not this module's
+        self._exact: tuple[Prepared, ...] = ()
+        form = Form(_DTYPES[precision], self.memory_format)
+        self.network, self._constants, self.report = rewrite(model, form)
+        self.captured: dict[str, Any] = {}  # what engines make of the network, to be used again
+        self.eval()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that this is a view of."""
+        return self._model[0]
+
+    def forward(self, images: Tensor, network: Callable[[Tensor], Any] | None = None) -> Tensor:
+        """The logits, by `network` where a compiled form of this one's is given."""
+        if images.dim() == 4:
+            images = images.contiguous(memory_format=self.memory_format)
+        with self.arithmetic():
+            logits = (network or self.network)(images)
+        low = isinstance(logits, Tensor) and logits.dtype in (torch.bfloat16, torch.float16)
+        return logits.float() if low else logits
+
+    @torch.no_grad()
+    def exact(self, images: Tensor) -> Tensor:
+        """The logits in float32, without a gradient: what predictions are reported from.
+
+        In another precision than fp32 a second view of the model computes them, made when it is first needed.
+        """
+        if self.precision == "fp32":
+            return self(images)
+        if not self._exact:
+            self._exact = (Prepared(self.model, "fp32"),)
+        return self._exact[0](images)
+
+    def refresh(self) -> None:
+        """Take over what the model's weights and statistics are now.
+
+        Everything is rewritten in place, so that a captured graph stays valid.
+        """
+        for module in self.network.modules():
+            if hasattr(module, "refresh"):
+                module.refresh()  # type: ignore[operator]
+        refresh_constants(self._constants)
+        for exact in self._exact:
+            exact.refresh()
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """The GPU's arithmetic for float32 products: TF32 for precision "tf32", exact otherwise."""
+        if not torch.cuda.is_available():
+            yield
+            return
+        wanted = "tf32" if self.precision == "tf32" else "ieee"
+        settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+        before = [setting.fp32_precision for setting in settings]
+        try:
+            for setting in settings:
+                setting.fp32_precision = wanted
+            yield
+        finally:
+            for setting, value in zip(settings, before, strict=True):
+                setting.fp32_precision = value
+
+    def train(self, mode: bool = True) -> Prepared:
+        if mode:
+            raise ValueError("Prepared: mode must be False: a prepared model is in eval mode, train its .model")
+        return super().train(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Prepared:
+        raise RuntimeError("Prepared: cannot be moved or converted; move its .model, and prepare that")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        result = self.model.load_state_dict(state_dict, strict, assign)
+        self.refresh()
+        return result
+
+    def __reduce__(self) -> Any:
+        return partial(prepare, precision=self.precision), (self.model,)
+
+    def extra_repr(self) -> str:
+        return f"precision={self.precision}, {self.memory_format}\n{self.report}"
+
+
+def _memory_format(device: torch.device | None, precision: str) -> torch.memory_format:
+    """The format that convolutions are faster in: measured for CPUs (docs/attack.md), cuDNN's advice for 16 bits."""
+    if device is not None and device.type == "cuda" and precision == "fp32":
+        return torch.contiguous_format
+    return torch.channels_last

@@ -1,0 +1,280 @@
+"""Turns a model's graph into the one that an attack runs: BatchNorm folded, weights constant, ReLUs fused."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..nn.frozen import CONVOLUTIONS, NORMS, Form, FrozenConv, freeze, why_not, why_not_fold
+from ..ops.relu import add_relu, add_relu_fork
+from .tracing import ROOT, drop_unused, first_input, is_relu, is_sum, trace, writes_input
+
+_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in eval mode
+_NORMALISATION = (*NORMS, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What preparing did to a model. Modules are called as in `model.named_modules()`.
+
+    Attributes:
+        folded: pairs (BatchNorm, convolution that it was folded into).
+        relus: how many ReLUs became fused ones, which keep a bit an element.
+        sums: how many additions were fused, into a ReLU or into the activation behind them.
+        prepared: modules that prepared themselves (their `prepare_for_attack`).
+        left: modules that stayed as they are, and why.
+    """
+
+    folded: tuple[tuple[str, str], ...]
+    relus: int
+    sums: int
+    prepared: tuple[str, ...]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.folded)} BatchNorms folded, {self.relus} ReLUs and {self.sums} sums fused, "
+            f"{len(self.prepared)} modules prepared by themselves"
+        ]
+        return "\n".join([*lines, *(f"left alone: {name or 'the model'}: {why}" for name, why in self.left.items())])
+
+
+Constants = list[tuple[nn.Parameter, nn.Parameter]]  # a constant parameter, and the model's that it is made of
+
+
+def rewrite(model: nn.Module, form: Form) -> tuple[fx.GraphModule, Constants, Report]:
+    """A module that computes what `model`, in eval mode, computes, and differentiates images alone.
+
+    It shares what weights it can with the model. The others are rewritten by its modules' `refresh`, and the constants
+    by `refresh_constants`.
+    """
+    rewriter = _Rewriter(model, form)
+    network = fx.GraphModule(rewriter.built, rewriter.graph, class_name=type(model).__name__)
+    return network.eval(), rewriter.constants, rewriter.report()
+
+
+@torch.no_grad()
+def refresh_constants(constants: Constants) -> None:
+    """Take over what the model's parameters are now."""
+    for mine, now in constants:
+        if mine.dtype != now.dtype:
+            mine.copy_(now)
+        elif mine.data_ptr() != now.data_ptr():
+            mine.data = now.detach()
+
+
+class _Rewriter:
+    def __init__(self, model: nn.Module, form: Form) -> None:
+        self.form = form
+        self.graph, self.named, whole = trace(model)
+        self.left = dict(whole)
+        self.folded: list[tuple[str, str]] = []
+        self.prepared: list[str] = []
+        self.relus = self.sums = 0
+        self.built: dict[str, Any] = {}  # what the new graph names
+        self.constants: Constants = []
+        self._made: dict[Any, str] = {}
+        self._copies: dict[nn.Module, nn.Module] = {}
+        self._drop_what_does_nothing()
+        self._freeze_convolutions()
+        self._keep_the_rest()
+        self._fuse_relus()
+        self._fuse_sums_before_activations()
+        drop_unused(self.graph, self.named)
+        self.graph.lint()
+        used = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
+        self.built = {name: value for name, value in self.built.items() if name in used}
+
+    def report(self) -> Report:
+        return Report(
+            folded=tuple((_short(norm), _short(conv)) for norm, conv in self.folded),
+            relus=self.relus,
+            sums=self.sums,
+            prepared=tuple(_short(name) for name in self.prepared),
+            left={_short(name): why for name, why in self.left.items()},
+        )
+
+    def _module(self, node: object) -> nn.Module | None:
+        """The module that the node calls."""
+        if not isinstance(node, fx.Node) or node.op != "call_module":
+            return None
+        found = self.named[str(node.target)]
+        assert isinstance(found, nn.Module)
+        return found
+
+    def _drop_what_does_nothing(self) -> None:
+        for node in list(self.graph.nodes):
+            module = self._module(node)
+            if module is not None and type(module) in _NOTHING and len(node.args) == 1 and first_input(node):
+                self._replace(node, node.args[0])
+
+    def _freeze_convolutions(self) -> None:
+        """Convolutions and linear layers, each with the BatchNorm behind it if nobody else reads what is between."""
+        for node in list(self.graph.nodes):
+            layer = self._module(node)
+            if layer is None or not isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
+                continue
+            reason = why_not(layer)
+            if reason is not None:
+                self.left[node.target] = reason
+                continue
+            norm_node = next(iter(node.users)) if len(node.users) == 1 else None
+            norm = self._module(norm_node)
+            if norm is None or why_not_fold(layer, norm) is not None:
+                norm_node = norm = None
+            name = self._name(node.target, (node.target, norm_node and norm_node.target))
+            if name not in self.built:
+                self.built[name] = freeze(layer, norm, self.form)
+            if norm_node is not None:
+                self.folded.append((norm_node.target, node.target))
+                self._replace(norm_node, node)
+            node.target = name
+
+    def _name(self, wanted: str, key: object) -> str:
+        """A name for what is made of `key`: the same one for the same key."""
+        if key not in self._made:
+            taken, name, number = set(self._made.values()), wanted, 1
+            while name in taken:
+                name, number = f"{wanted}_{number}", number + 1
+            self._made[key] = name
+        return self._made[key]
+
+    def _keep_the_rest(self) -> None:
+        """Modules that prepare themselves, and copies with constant weights of all others."""
+        for node in self.graph.nodes:
+            if node.op not in ("call_module", "get_attr") or node.target in self.built:
+                continue
+            thing = self.named[node.target]
+            if isinstance(thing, Tensor):
+                self.built[node.target] = self._constant(thing, self.form.dtype)
+                continue
+            if isinstance(thing, _NORMALISATION):
+                self.left.setdefault(node.target, self._why_not_folded(node, thing))
+            self.built[node.target] = self._copy(thing)
+            if hasattr(type(thing), "prepare_for_attack"):
+                self.prepared.append(node.target)
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        """The module with constant weights, its parts likewise; buffers are the module's own."""
+        if module in self._copies:
+            return self._copies[module]
+        if hasattr(type(module), "prepare_for_attack"):
+            self._copies[module] = module.prepare_for_attack(self.form)  # type: ignore[operator]
+        elif why_not(module) is None:
+            self._copies[module] = freeze(module, None, self.form)
+        else:
+            same = self._copies[module] = copy.copy(module)
+            same._modules = {name: None if part is None else self._copy(part) for name, part in module._modules.items()}
+            # Normalisation takes 16-bit inputs with statistics and weights in float32, and is the better for it.
+            dtype = None if isinstance(module, _NORMALISATION) else self.form.dtype
+            same._parameters = {
+                name: None if value is None else self._constant(value, dtype)
+                for name, value in module._parameters.items()
+            }
+        return self._copies[module]
+
+    def _constant(self, tensor: Tensor, dtype: torch.dtype | None) -> Any:
+        """A constant parameter that shares the tensor's memory, or a copy in `dtype`; a buffer stays as it is."""
+        if not isinstance(tensor, nn.Parameter):
+            return tensor
+        floating = tensor.is_floating_point()
+        constant = nn.Parameter(tensor.detach().to(dtype if floating else None), requires_grad=False)
+        self.constants.append((constant, tensor))
+        return constant
+
+    def _why_not_folded(self, node: fx.Node, norm: nn.Module) -> str:
+        before = first_input(node)
+        layer = None if before is None or before.op != "call_module" else self.built.get(str(before.target))
+        if before is None or not isinstance(layer, FrozenConv):
+            return "there is no convolution before it to fold it into"
+        if len(before.users) > 1:
+            return f"others read the output of {_short(str(before.target))} too"
+        return why_not_fold(layer.source, norm) or "it is called in an unusual way"
+
+    def _fuse_relus(self) -> None:
+        for node in list(self.graph.nodes):
+            if not is_relu(node, self.named):
+                continue
+            read = first_input(node)
+            if read is None or (writes_input(node, self.named) and len(read.users) > 1):
+                continue
+            operands: tuple[Any, ...] = (read,)
+            summed = is_sum(read) and len(read.users) == 1
+            if summed:
+                operands = tuple(read.args)
+                self.sums += 1
+            self.relus += 1
+            a, *b = operands if self._fresh(operands[0]) else operands[::-1]
+            forked = len(node.users) > 1 and not any(writes_input(user, self.named) for user in node.users)
+            with self.graph.inserting_before(node):
+                function = relu_of_sum_fork if forked else relu_of_sum
+                fused = self.graph.call_function(function, (a, *b), {"inplace": self._fresh(a)})
+            if not forked:
+                self._replace(node, fused)
+            else:
+                self._share_out(node, fused)
+            if summed:
+                self.graph.erase_node(read)
+
+    def _share_out(self, node: fx.Node, pair: fx.Node) -> None:
+        """Give the first consumer one of the two outputs and all others the other.
+
+        Their gradients then arrive apart, and are added as they are masked.
+        """
+        users = list(node.users)
+        with self.graph.inserting_before(node):
+            ends = [self.graph.call_function(operator.getitem, (pair, i)) for i in (0, 1)]
+        for i, user in enumerate(users):
+            user.replace_input_with(node, ends[min(i, 1)])
+        self.graph.erase_node(node)
+
+    def _fuse_sums_before_activations(self) -> None:
+        for node in list(self.graph.nodes):
+            built = self.built.get(str(node.target)) if node.op == "call_module" else None
+            read = first_input(node)
+            if not getattr(built, "takes_skip", False) or not is_sum(read) or len(read.users) > 1:  # type: ignore[union-attr]
+                continue
+            a, b = read.args if self._fresh(read.args[0]) else read.args[::-1]  # type: ignore[union-attr]
+            if self._fresh(a):
+                node.args = (a, b)
+                self.graph.erase_node(read)  # type: ignore[arg-type]
+                self.sums += 1
+
+    def _fresh(self, node: Any) -> bool:
+        """Whether the node's output may be overwritten: a convolution's that one node reads, and once."""
+        if node.op != "call_module" or not isinstance(self.built.get(str(node.target)), FrozenConv):
+            return False
+        return len(node.users) == 1 and next(iter(node.users)).args.count(node) == 1
+
+    def _replace(self, node: fx.Node, by: Any) -> None:
+        node.replace_all_uses_with(by)
+        self.graph.erase_node(node)
+
+
+def _short(name: str) -> str:
+    """What the model itself calls a module."""
+    return name.removeprefix(ROOT).removeprefix(".")
+
+
+def _summed(a: Tensor, b: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor | None, bool]:
+    """Operands that the fused operation takes: where shapes or dtypes differ, the sum is made first."""
+    if b is None or (a.shape == b.shape and a.dtype == b.dtype):
+        return a, b, inplace
+    return a + b, None, False
+
+
+def relu_of_sum(a: Tensor, b: Tensor | None = None, *, inplace: bool = False) -> Tensor:
+    """``relu(a + b)`` for what a graph holds there, whatever its shapes."""
+    a, b, inplace = _summed(a, b, inplace)
+    return add_relu(a, b, inplace=inplace)
+
+
+def relu_of_sum_fork(a: Tensor, b: Tensor | None = None, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+    """The same for two consumers."""
+    a, b, inplace = _summed(a, b, inplace)
+    return add_relu_fork(a, b, inplace=inplace)

@@ -1,0 +1,173 @@
+"""Layers with constant weights, for attacks: they differentiate their input alone, and keep nothing else for it.
+
+A frozen layer reads the weights of the layer that it was made of, and `refresh` reads them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.frozen import frozen_convolution
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class Form(NamedTuple):
+    """What frozen weights are made into.
+
+    Attributes:
+        dtype: what convolutions and linear layers compute in; None for that of the weights themselves.
+        memory_format: of four-dimensional weights that are made anew.
+    """
+
+    dtype: torch.dtype | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
+
+
+class _Frozen(nn.Module):
+    """The weights of a convolution or linear layer, of which nothing is differentiated.
+
+    Where the weights are wanted as they are, they are the layer's own, as parameters that share its memory. Where they
+    change (folded, or another dtype), they lie in buffers that `refresh` rewrites in place.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: Any, norm: Any, form: Form) -> None:
+        super().__init__()
+        self.training = False
+        self._source: tuple[Any, Any] = (layer, norm)  # in a tuple: they are not this module's children
+        weight, bias = layer.weight, layer.bias
+        dtype = form.dtype or weight.dtype
+        if norm is None and dtype == weight.dtype:
+            self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+            return
+        shape = weight.detach().to(dtype)
+        shape = shape.contiguous(memory_format=form.memory_format) if weight.dim() == 4 else shape.contiguous()
+        self.register_buffer("weight", torch.empty_like(shape), persistent=False)
+        has_bias = norm is not None or bias is not None
+        like = norm.running_mean if norm is not None else bias
+        self.register_buffer("bias", torch.empty_like(like, dtype=dtype) if has_bias else None, persistent=False)
+        self.refresh()
+
+    @property
+    def source(self) -> nn.Module:
+        """The layer that this was made of."""
+        return self._source[0]
+
+    @property
+    def shared(self) -> bool:
+        """Whether the weights are the layer's own."""
+        return isinstance(self.weight, nn.Parameter)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over what the layer's weights, and the BatchNorm's, are now."""
+        layer, norm = self._source
+        if self.shared:
+            # An optimiser or load_state_dict writes in place; an assignment to `.data` or .to() does not.
+            for name in ("weight", "bias"):
+                mine, now = getattr(self, name), getattr(layer, name)
+                if mine is not None and mine.data_ptr() != now.data_ptr():
+                    mine.data = now.detach()
+            return
+        if norm is None:
+            self.weight.copy_(layer.weight)
+            if self.bias is not None:
+                self.bias.copy_(layer.bias)
+            return
+        # y = gamma (Wx + b - mean) / sqrt(var + eps) + beta
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        if norm.weight is not None:
+            scale *= norm.weight
+        torch.mul(layer.weight, scale.view(-1, *(1,) * (layer.weight.dim() - 1)), out=self.weight)
+        shift = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
+        shift *= scale
+        if norm.bias is not None:
+            shift += norm.bias
+        self.bias.copy_(shift)  # type: ignore[union-attr]
+
+
+class FrozenConv(_Frozen):
+    """A convolution with constant weights, in 1, 2 or 3 dimensions, transposed or not; `norm` is folded into it."""
+
+    def __init__(self, conv: Any, norm: Any, form: Form) -> None:
+        super().__init__(conv, norm, form)
+        output_padding = getattr(conv, "output_padding", None) or (0,) * len(conv.stride)
+        self.geometry = (conv.stride, _padding(conv), conv.dilation, conv.transposed, output_padding, conv.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_convolution(x, self.weight, self.bias, *self.geometry)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, {self.weight.dtype}, {'shared' if self.shared else 'own'} weights"
+
+
+class FrozenLinear(_Frozen):
+    """A linear layer with constant weights."""
+
+    def __init__(self, linear: nn.Linear, form: Form) -> None:
+        super().__init__(linear, None, form)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+    extra_repr = FrozenConv.extra_repr
+
+
+def _padding(conv: Any) -> Sequence[int]:
+    """The padding as numbers. `why_not` has seen that it is the same at both ends."""
+    if conv.padding == "valid":
+        return (0,) * len(conv.stride)
+    if conv.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    return conv.padding
+
+
+def why_not(layer: Any) -> str | None:
+    """Why this layer cannot be frozen by `freeze`; None where it can."""
+    if type(layer) not in (*CONVOLUTIONS, nn.Linear):
+        return f"{type(layer).__name__} is neither a convolution nor a linear layer of torch.nn"
+    if has_hooks(layer):
+        return "it has hooks"
+    if isinstance(layer, nn.Linear):
+        return None
+    if layer.padding_mode != "zeros":
+        return f"its padding is {layer.padding_mode!r}"
+    if layer.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)):
+        return "its padding is not the same on both sides"
+    return None
+
+
+def why_not_fold(conv: Any, norm: Any) -> str | None:
+    """Why `norm` cannot be folded into the convolution before it, which can be frozen; None where it can."""
+    if type(norm) not in NORMS:
+        return f"{type(norm).__name__} is not a BatchNorm of torch.nn"
+    if has_hooks(norm):
+        return "it has hooks"
+    if norm.running_mean is None:
+        return "it keeps no running statistics"
+    if type(conv) not in CONVOLUTIONS or conv.transposed:
+        return f"it follows a {type(conv).__name__}"
+    return None
+
+
+def freeze(layer: nn.Module, norm: nn.Module | None, form: Form) -> nn.Module:
+    """The frozen form of a layer for which `why_not` says None; `norm` is folded into a convolution."""
+    return FrozenLinear(layer, form) if isinstance(layer, nn.Linear) else FrozenConv(layer, norm, form)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its forward."""
+    return any(
+        getattr(module, name, None)
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )

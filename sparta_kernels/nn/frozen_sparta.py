@@ -1,0 +1,73 @@
+"""SPARTA as an attack runs it: BatchNorm folded, weights constant, a bit instead of a hidden tensor for each ReLU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import dynamic_conv, sparta_gate
+from ..ops.relu import add_relu, add_relu_fork
+from .frozen import Form, freeze
+
+if TYPE_CHECKING:
+    from .sparta import Sparta
+
+
+class FrozenSparta(nn.Module):
+    """The function of a `Sparta` in eval mode, differentiable in x alone; shapes as there.
+
+    ``forward(x, skip)`` is the function of ``x + skip``, and may overwrite x: what it stands behind in a residual
+    network is the output of a convolution that nobody else reads.
+    """
+
+    takes_skip = True
+
+    def __init__(self, sparta: Sparta, form: Form) -> None:
+        super().__init__()
+        self.kernel_size, self.dynamic, self.share = sparta.kernel_size, sparta.dynamic, sparta.share
+        self.conv1 = freeze(sparta.conv1, sparta.bn1, form)
+        self.conv2 = freeze(sparta.conv2, None, form)
+        self.conv3 = freeze(sparta.conv3, sparta.bn3, form)
+        self.conv4 = freeze(sparta.conv4, None, form)
+        if sparta.dynamic:
+            self.conv6 = freeze(sparta.conv6, sparta.bn6, form)
+            self.predict = freeze(sparta.predict, None, form)
+        else:
+            self.conv5 = nn.Parameter(sparta.conv5.detach(), requires_grad=False)
+        self._source = (sparta,)
+        self.eval()
+
+    def refresh(self) -> None:
+        """Take over where the static kernel lies now; the layers have a `refresh` of their own."""
+        if not self.dynamic:
+            self.conv5.data = self._source[0].conv5.detach()
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        x = x.to(self.conv1.weight.dtype)  # type: ignore[arg-type]
+        if skip is not None:
+            x = x.add_(skip) if skip.dtype == x.dtype and skip.shape == x.shape else x + skip
+        h1 = add_relu(self.conv1(x), inplace=True)
+        if self.kernel_size == 1:
+            channel = self.conv2(h1.mean((2, 3), keepdim=True)).flatten(1)
+        else:
+            channel = self.conv2(h1).mean((2, 3))
+
+        if self.dynamic:
+            h3, h3_again = add_relu_fork(self.conv3(x), inplace=True)
+            h6 = add_relu(self.conv6(h3_again), inplace=True)
+            kernel = self.predict(h6.mean((2, 3)))
+        else:
+            h3 = add_relu(self.conv3(x), inplace=True)
+            kernel = self.conv5.flatten().expand(x.shape[0], -1)
+        spatial = self.conv4(h3)
+
+        factor: Tensor | None = None
+        if self.kernel_size == 1:
+            factor = kernel[:, 0]
+        else:
+            spatial = dynamic_conv(spatial, kernel.unflatten(1, (self.kernel_size, self.kernel_size)))
+        if self.share > 1:
+            spatial = F.avg_pool2d(spatial, self.share, ceil_mode=True)
+        return sparta_gate(x, spatial, channel, factor, share=self.share)

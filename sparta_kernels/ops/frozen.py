@@ -1,0 +1,68 @@
+"""A convolution whose weights are constants: nothing is kept for their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+class _FrozenConvolution(Function):
+    """Keeps the weight and the input's shape. torch's own convolution keeps its input even for a frozen weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.geometry = x.shape, geometry
+        ctx.strides = None
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not _channels_last(weight):
+            ctx.strides = x.stride()
+        return torch.convolution(x, weight, bias, *geometry)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        # Of the input torch looks at shape, dtype and memory format alone when only its gradient is wanted.
+        if ctx.strides is None:
+            like = grad.new_empty(1).expand(ctx.shape)
+        else:
+            like = torch.empty_strided(ctx.shape, ctx.strides, dtype=grad.dtype, device=grad.device)
+        wanted = [True, False, False]
+        gx, _, _ = torch.ops.aten.convolution_backward(grad, like, weight, None, *ctx.geometry, wanted)
+        return gx, None, None, *(None for _ in ctx.geometry)
+
+
+def _channels_last(weight: Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def frozen_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool = False,
+    output_padding: Sequence[int] = (0, 0),
+    groups: int = 1,
+) -> Tensor:
+    """``torch.convolution`` for constant weights, in 1, 2 or 3 dimensions: differentiable in x alone, and once.
+
+    Args:
+        x: ``(N, C, ...)``, cast to the weight's dtype.
+        weight, bias: as `torch.convolution` takes them; their gradients are not computed.
+        stride, padding, dilation, output_padding: a number for each of the dimensions.
+
+    Returns:
+        The convolution, of the weight's dtype.
+    """
+    x = x.to(weight.dtype)
+    geometry = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return torch.convolution(x, weight, bias, *geometry)
+    return _FrozenConvolution.apply(x, weight, bias, *geometry)
