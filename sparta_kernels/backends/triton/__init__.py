@@ -30,6 +30,13 @@ from sparta_kernels.backends.triton.launch import (
     power_above,
     run,
 )
+from sparta_kernels.backends.triton.relu_plan import (  # noqa: F401
+    plan_relu_backward,
+    plan_relu_forward,
+    relu_backward,
+    relu_forward,
+    relu_forward_,
+)
 
 DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 
