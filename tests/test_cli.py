@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from sparta_kernels import cli, data, report, training
+from sparta_kernels import cli, data, evaluation, report, training
 from sparta_kernels.training import loop
 
 TRAIN = [
@@ -206,7 +206,7 @@ def test_wrong_training_arguments(tmp_path, capsys, option, value):
 
 @pytest.mark.parametrize(("option", "value"), EVALUATE_WRONG)
 def test_wrong_evaluation_arguments(checkpoint, tmp_path, capsys, monkeypatch, option, value):
-    monkeypatch.setattr(cli, "evaluate_model", None)  # never reached
+    monkeypatch.setattr(evaluation, "evaluate", None)  # never reached
     arguments = ["evaluate", checkpoint, option, value.format(tmp=tmp_path)]
     code, err = _one_line(arguments, capsys)
     assert code == 2, err
@@ -225,7 +225,7 @@ def test_wrong_info_arguments(tmp_path, capsys):
 
 
 def test_outputs_never_overwrite_inputs_or_each_other(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "evaluate_model", None)  # never reached
+    monkeypatch.setattr(evaluation, "evaluate", None)  # never reached
     monkeypatch.setattr(training, "train", None)
     monkeypatch.chdir(tmp_path)
     first, second = tmp_path / "first.png", tmp_path / "second.png"
@@ -348,7 +348,7 @@ def test_missing_packages(checkpoint, tmp_path, capsys, monkeypatch):
 
 def test_ctrl_c_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
     path = tmp_path / "net.safetensors"
-    attack, calls = loop.attack.pgd, []
+    attack, calls = loop.attack.perturb, []
 
     def interrupt(*args, **keywords):
         calls.append(1)
@@ -356,7 +356,7 @@ def test_ctrl_c_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return attack(*args, **keywords)
 
-    monkeypatch.setattr(loop.attack, "pgd", interrupt)
+    monkeypatch.setattr(loop.attack, "perturb", interrupt)
     stop_at = 1
     code, err = _one_line(["train", path, *TRAIN], capsys)
     assert code == 130
@@ -380,7 +380,7 @@ def test_ctrl_c_during_an_evaluation(checkpoint, tmp_path, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "evaluate_model", interrupt)
+    monkeypatch.setattr(evaluation, "evaluate", interrupt)
     code, err = _one_line(["evaluate", checkpoint, "--json", tmp_path / "out.json"], capsys)
     assert code == 130
     assert "interrupted" in err
@@ -408,7 +408,7 @@ def test_a_bug_is_not_dressed_up(checkpoint, monkeypatch):
     def broken(*_, **__):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(cli, "evaluate_model", broken)
+    monkeypatch.setattr(evaluation, "evaluate", broken)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["evaluate", str(checkpoint)])
 

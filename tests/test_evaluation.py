@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparta_kernels import backends, report
-from sparta_kernels.attack import pgd
-from sparta_kernels.evaluation import evaluate, memory
-from sparta_kernels.report import machine
+from sparta_kernels import backends, machine, report
+from sparta_kernels.attack import pgd, prepare
+from sparta_kernels.evaluation import batch_size, batches, evaluate, memory
 
 CLASSES = 4
 SETTINGS = {"eps": 0.2, "step_size": 0.05, "steps": 3}
@@ -69,10 +68,8 @@ def test_equals_the_attack(model, images, labels):
 
 
 def test_every_batch_has_one_shape_and_padding_does_not_count(model, images, labels):
-    ticks = []
-    found = evaluate(model, images, labels, **SETTINGS, batch_size=4, progress=lambda *tick: ticks.append(tick))
-    assert model.shapes == {(4, 1, 6, 6)}
-    assert ticks == [(i, 15) for i in range(1, 16)]  # 3 batches of 1 clean pass and 4 iterates
+    found = evaluate(model, images, labels, **SETTINGS, batch_size=4)
+    assert model.shapes == {(1, 1, 6, 6), (4, 1, 6, 6)}  # the first image tells how many classes there are
     whole = evaluate(model, images, labels, **SETTINGS, batch_size=10)
     assert found.loss_mean == pytest.approx(whole.loss_mean, rel=1e-4)
     assert found.loss_std == pytest.approx(whole.loss_std, rel=1e-3)
@@ -87,8 +84,91 @@ def test_every_batch_has_one_shape_and_padding_does_not_count(model, images, lab
 
 def test_a_batch_is_never_larger_than_all_images(model, images, labels):
     found = evaluate(model, images, labels, **SETTINGS, batch_size=10**9)
-    assert model.shapes == {(10, 1, 6, 6)}
+    assert model.shapes == {(1, 1, 6, 6), (10, 1, 6, 6)}
+    assert found.batch == (10, "all images")
     assert found.loss_mean == evaluate(model, images, labels, **SETTINGS, batch_size=10).loss_mean
+
+
+def test_progress_tells_passes_speed_and_errors(model, images, labels):
+    seen = []
+    found = evaluate(model, images, labels, **SETTINGS, batch_size=4, progress=seen.append)
+    # 3 batches of 1 clean pass and 4 iterates; one call at the start, and one after each batch.
+    assert [step.done for step in seen] == [0, *range(1, 6), 5, *range(6, 11), 10, *range(11, 16), 15]
+    assert {step.total for step in seen} == {15}
+    assert {step.batch.images for step in seen} == {4}
+    assert [step.images for step in seen] == [0] * 6 + [4] * 6 + [8] * 6 + [10]
+    assert seen[0].images_per_second is seen[0].clean_error is seen[0].robust_error is None
+    assert (seen[-1].clean_error, seen[-1].robust_error) == (found.clean_error, found.errors[3])
+    assert seen[-1].images_per_second == found.images_per_second
+    short = evaluate(model, images[:4], labels[:4], **SETTINGS, batch_size=4)
+    assert (seen[6].clean_error, seen[6].robust_error) == (short.clean_error, short.errors[3])
+
+
+def test_untargeted(model, images, labels):
+    found = evaluate(model, images, labels, **SETTINGS, batch_size=10, targeted=False)
+    expected = pgd(model, images, labels, **SETTINGS, targeted=False)
+    assert found.errors == {3: pytest.approx((expected.predictions[3] != labels).float().mean().item())}
+    assert found.target_success == {}
+    assert found.loss_mean == pytest.approx(expected.losses.mean(1).tolist(), rel=1e-5)
+    assert found.loss_mean[3] > found.loss_mean[0]
+
+
+def test_the_worst_of_several_restarts_counts(model, images, labels):
+    found = evaluate(model, images, labels, **SETTINGS, batch_size=5, restarts=3, report_at=(1, 3))
+    runs = [pgd(model, images, labels, **SETTINGS, restart=i, report_at=(1, 3)) for i in range(3)]
+    for k in (1, 3):
+        wrong = torch.stack([run.predictions[k] != labels for run in runs]).any(0)
+        hit = torch.stack([run.predictions[k] == run.targets for run in runs]).any(0)
+        assert found.errors[k] == pytest.approx(wrong.float().mean().item())
+        assert found.target_success[k] == pytest.approx(hit.float().mean().item())
+    assert found.restarts == 3
+
+
+def test_a_prepared_model_is_used_as_it_is(model, images, labels):
+    prepared = prepare(model, precision="bf16")
+    found = evaluate(prepared, images, labels, **SETTINGS, parity_images=0)
+    assert (found.precision, found.parity) == ("bf16", None)
+    assert found.loss_mean == evaluate(model, images, labels, **SETTINGS, precision="bf16").loss_mean
+    with pytest.raises(ValueError, match=r"^evaluate: precision must be that of the prepared model, 'bf16'"):
+        evaluate(prepared, images, labels, **SETTINGS, precision="fp32")
+
+
+def test_a_lower_precision_is_compared_with_fp32(model, images, labels):
+    settings = SETTINGS | {"report_at": (1, 3), "precision": "bf16"}
+    found = evaluate(model, images, labels, **settings, batch_size=4, parity_images=6)
+    exact = evaluate(model, images[:6], labels[:6], **SETTINGS, report_at=(1, 3), batch_size=4)
+    lower = evaluate(model, images[:6], labels[:6], **settings, batch_size=6, parity_images=0)
+    assert found.parity.images == 6
+    assert found.parity.errors == exact.errors
+    assert found.parity.differences == {k: pytest.approx(100 * (lower.errors[k] - exact.errors[k])) for k in (1, 3)}
+    assert found.as_dict()["parity"].keys() >= {"images", "tolerance", "errors", "differences", "difference", "passed"}
+    # Predictions, and so the clean error, are in fp32 all the same.
+    assert found.clean_error == evaluate(model, images, labels, **SETTINGS).clean_error
+    assert evaluate(model, images, labels, **SETTINGS, parity_images=6).parity is None
+    assert evaluate(model, images, labels, **settings, parity_images=99).parity.images == 10
+
+
+def test_parity_past_the_tolerance(model, images, labels, monkeypatch):
+    with torch.no_grad():
+        model.linear.weight.mul_(40)
+    settings = SETTINGS | {"eps": 0.3, "step_size": 0.1, "precision": "bf16"}
+    fair = evaluate(model, images, labels, **settings).parity
+    assert fair.passed
+    assert fair.difference == fair.differences[3] == pytest.approx(0, abs=1e-9)
+    pgd_of = batches.attack.pgd
+
+    def astray(network, *arguments, **options):
+        if network.precision == "bf16":
+            options["eps"] = 0.0
+        return pgd_of(network, *arguments, **options)
+
+    monkeypatch.setattr(batches.attack, "pgd", astray)
+    found = evaluate(model, images, labels, **settings)
+    assert found.parity.errors == fair.errors  # of the fp32 attack
+    assert found.parity.difference == pytest.approx(100 * (found.clean_error - fair.errors[3]))
+    assert abs(found.parity.difference) > 1
+    assert not found.parity.passed
+    assert evaluate(model, images, labels, **settings, parity_tolerance=100).parity.passed
 
 
 def test_an_image_s_result_does_not_depend_on_how_many_there_are(model, images, labels):
@@ -132,6 +212,103 @@ def test_peak_memory_is_none_where_it_cannot_be_reset(model, images, labels, mon
     assert report.megabytes(found.peak_memory) == "n/a"
 
 
+# ---- the batch size ----
+
+
+def test_the_batch_size_is_found(model, images, labels):
+    found = evaluate(model, images, labels, **SETTINGS)
+    assert found.batch == (10, "at most 256 on a CPU")
+    assert evaluate(model, images, labels, **SETTINGS, batch_size=3).batch == (3, "as asked for")
+
+
+@pytest.mark.parametrize(
+    ("count", "processes", "images"),
+    [(1, 1, 1), (256, 1, 256), (257, 1, 129), (360, 1, 180), (10000, 1, 250), (100, 3, 34)],
+)
+def test_batches_are_equal_and_all_processes_have_as_many(count, processes, images):
+    tried = []
+    found = batch_size.find_batch_size(tried.append, count, torch.device("cpu"), processes)
+    assert found.images == images
+    assert -(-count // images) % processes == 0
+    assert all(1 <= trial <= min(16, count) for trial in tried)
+
+
+@pytest.mark.parametrize("sharers", [1, 2])
+def test_as_many_as_memory_holds(monkeypatch, sharers):
+    """3 MB an image beside 50 MB that any batch takes; half of 1.2 GB is to be used."""
+    held = []
+
+    class Fake:
+        def __init__(self, device):
+            held.clear()
+
+        def bytes(self):
+            return 50_000_000 + 3_000_000 * held[-1]
+
+    monkeypatch.setattr(batch_size, "PeakMemory", Fake)
+    monkeypatch.setattr(batch_size, "available", lambda device: 1_200_000_000)
+    found = batch_size.find_batch_size(held.append, 1000, torch.device("cpu"), sharers=sharers)
+    assert found.images * sharers <= 200
+    assert found.images == {1: 200, 2: 100}[sharers]
+    assert "3 MB an image" in found.reason
+    monkeypatch.setattr(batch_size, "available", lambda device: 1000)
+    assert batch_size.find_batch_size(held.append, 1000, torch.device("cpu")).images == 1
+    for unknown in (lambda device: None, lambda device: 10**12):
+        monkeypatch.setattr(batch_size, "available", unknown)
+        assert batch_size.find_batch_size(held.append, 1000, torch.device("cpu")).images == 250
+    monkeypatch.setattr(Fake, "bytes", lambda self: None)
+    monkeypatch.setattr(batch_size, "available", lambda device: 1000)
+    assert batch_size.find_batch_size(held.append, 1000, torch.device("cpu")).images == 250
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_an_image_costs_is_measured(monkeypatch):
+    if memory.PeakMemory(torch.device("cpu")).bytes() is None:
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    monkeypatch.setattr(batch_size, "available", lambda device: 1_000_000_000)
+    for cost in (5_000_000, 10_000_000):
+        found = batch_size.find_batch_size(
+            lambda images, cost=cost: torch.ones(images * cost // 4), 100_000, torch.device("cpu")
+        )
+        assert found.images == pytest.approx(500_000_000 / cost, rel=0.25)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_that_a_control_group_leaves(tmp_path, monkeypatch, version):
+    system, group = tmp_path / "meminfo", tmp_path / "cgroup"
+    system.write_text("MemTotal: 9000 kB\nMemAvailable:  8000 kB\n")
+    top = tmp_path / "groups" / ("memory" if version == 1 else "")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    cache = "total_inactive_file" if version == 1 else "inactive_file"
+
+    def limit(folder, most, used):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in zip(names, (most, used), strict=True):
+            (folder / name).write_text(f"{value}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{cache} 1000\n")
+
+    monkeypatch.setattr(memory, "_SYSTEM", system)
+    monkeypatch.setattr(memory, "_GROUP", group)
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
+    cpu = torch.device("cpu")
+    assert memory.available(cpu) == 8000 * 1024  # no groups
+    group.write_text("4:cpu:/x\n9:memory:/a/b\n" if version == 1 else "0::/a/b\n")
+    assert memory.available(cpu) == 8000 * 1024
+    limit(top, 2_000_000, 500_000)  # in a container, whose path is the host's
+    assert memory.available(cpu) == 1_501_000
+    limit(top / "a", 1_000_000, 400_000)
+    assert memory.available(cpu) == 601_000
+    limit(top / "a" / "b", "max", 1)
+    assert memory.available(cpu) == 601_000
+    limit(top / "a" / "b", 1_000, 5_000)
+    assert memory.available(cpu) == 0
+    system.unlink()
+    assert memory.available(cpu) is None
+
+
+# ---- arguments ----
+
+
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
@@ -150,6 +327,24 @@ def test_peak_memory_is_none_where_it_cannot_be_reset(model, images, labels, mon
         ("step_size", 0, ValueError),
         ("steps", 0, ValueError),
         ("report_at", (4,), ValueError),
+        ("report_at", (), ValueError),
+        ("report_at", (2, 1), ValueError),
+        ("report_at", (1, 1), ValueError),
+        ("targeted", 1, TypeError),
+        ("restarts", 0, ValueError),
+        ("restarts", 1.5, TypeError),
+        ("precision", "fp8", ValueError),
+        ("precision", 16, ValueError),
+        ("engine", "jit", ValueError),
+        ("engine", None, ValueError),
+        ("parity_images", -1, ValueError),
+        ("parity_tolerance", -0.1, ValueError),
+        ("parity_tolerance", float("nan"), ValueError),
+        ("parity_tolerance", "1", TypeError),
+        ("outcomes", 3, TypeError),
+        ("resume", True, ValueError),
+        ("resume", 1, TypeError),
+        ("overwrite", True, ValueError),
         ("batch_size", 0, ValueError),
         ("batch_size", 2.5, TypeError),
         ("seed", -1, ValueError),
@@ -168,7 +363,7 @@ def test_wrong_arguments(model, images, labels, name, value, error):
     with pytest.raises(error, match=f"^evaluate: (each of )?{name} "):
         evaluate(**arguments)
     assert not ticks  # before the long work
-    assert model.passes <= (name == "labels")  # which the clean pass tells the number of classes
+    assert model.passes <= 2 * (name == "labels")  # the first image's pass, and its tracing, tell how many classes
 
 
 @pytest.mark.parametrize("output", [torch.zeros(4), torch.zeros(4, 1), torch.zeros(4, 3, dtype=torch.int64), None])
@@ -235,6 +430,7 @@ def test_table_fits_and_shows_every_row(document):
     row.update(images_per_second=123.4, peak_memory=410_000_000)
     console.print(report.evaluation_table([row], "a title"))
     text = console.export_text()
+    assert "target" in text
     for cell in ("a title", "PGD-30", "plain", "auto (native)", "3.1%", "100.0%", "25.0%", "123", "410 MB"):
         assert cell in text, cell
     console.print(report.facts_table({"a": {"b": [1, 2]}, "c": None, "d": {}}))

@@ -1,5 +1,18 @@
 """Robust evaluation."""
 
-from .evaluate import Evaluation, evaluate
+from .batch_size import BatchSize, find_batch_size
+from .evaluate import evaluate
+from .outcomes import Outcomes, OutcomesError
+from .result import Evaluation, Parity
+from .run import Progress
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = [
+    "BatchSize",
+    "Evaluation",
+    "Outcomes",
+    "OutcomesError",
+    "Parity",
+    "Progress",
+    "evaluate",
+    "find_batch_size",
+]

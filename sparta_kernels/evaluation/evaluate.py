@@ -1,54 +1,34 @@
-"""Clean and PGD-K errors of a network, all K from one trajectory."""
+"""Clean and PGD-K errors of a network, all K from one trajectory; stored after every batch, shared by processes."""
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attack import PGDResult, checks, pgd
+from .. import attack
+from .._version import __version__
+from ..attack import Prepared, checks
 from ..backends import choose, use_backend
-from .memory import PeakMemory
+from ..data.files import check_writable
+from ..machine import device_name
+from ..memory import keep_freed_memory
+from . import result
+from .batch_size import BatchSize, find_batch_size
+from .batches import Attacker
+from .digest import data_digest, model_digest
+from .outcomes import Outcomes
+from .processes import Processes
+from .result import Evaluation
+from .run import Progress, run
+from .store import Store
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation of N images found. Every error is a share, 0..1, of the images misclassified.
-
-    Attributes:
-        images: N.
-        clean_error: on the images as they are.
-        errors: at each reported iterate of the attack: PGD-k by k.
-        target_success: at each reported iterate, the share of images classified as their target class.
-        images_per_second: clean pass and whole attack together, after a warm-up.
-        seconds: what that took.
-        peak_memory: bytes, most that was held during it: on a CPU the resident set of the process, on a GPU
-            torch's tensors; None where it cannot be measured.
-        loss_mean, loss_std: over the images, the cross-entropy to the target class at every iterate 0..steps.
-    """
-
-    images: int
-    clean_error: float
-    errors: dict[int, float]
-    target_success: dict[int, float]
-    images_per_second: float
-    seconds: float
-    peak_memory: int | None
-    loss_mean: list[float]
-    loss_std: list[float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The evaluation as JSON can hold it: iterates become strings."""
-        by_iterate = {
-            name: {str(k): share for k, share in getattr(self, name).items()} for name in ("errors", "target_success")
-        }
-        return asdict(self) | by_iterate
-
-
+@keep_freed_memory()
 def evaluate(
     model: nn.Module,
     images: Tensor,
@@ -58,32 +38,61 @@ def evaluate(
     step_size: float = 1 / 255,
     steps: int = 50,
     report_at: Iterable[int] | None = None,
-    batch_size: int = 128,
+    targeted: bool = True,
+    restarts: int = 1,
+    precision: str | None = None,
+    engine: str = "auto",
+    batch_size: int | None = None,
     seed: int = 0,
     indices: Tensor | None = None,
     backend: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    parity_images: int = 256,
+    parity_tolerance: float = 1.0,
+    outcomes: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Evaluation:
-    """Evaluate a network on clean images and under the targeted PGD attack of `attack.pgd`.
+    """Evaluate a network on clean images and under the PGD attack of `attack.pgd`.
 
-    Every batch has equally many images, `batch_size` or all N if they are fewer: the last is filled up with
-    copies of its first, whose results are dropped. Rounding depends on the shape of a batch, so results are
-    bit for bit the same only for equal shapes.
+    Every batch has equally many images: the last is filled up with copies of its first, whose results are dropped.
+    Rounding depends on the shape of a batch and on the number of threads, so results are bit for bit the same only
+    for equal ones; then they are, however often a run is stopped and resumed, and however many processes share it.
+
+    Where torch.distributed has a process group, its processes share the batches: each must call this with the same
+    arguments (but its own device), and gets the whole result.
 
     Args:
-        model: in eval mode; takes images in [0, 1], returns (N, classes) logits.
+        model: in eval mode; takes images in [0, 1], returns (N, classes) logits. It is prepared
+            (`attack.prepare`), unless it is already.
         images: (N, C, H, W) with N >= 1; uint8 (divided by 255), or float32 in [0, 1].
         labels: (N,), any integer dtype.
-        eps, step_size, steps, report_at, seed: as in `attack.pgd`; eps and step_size are in pixel units.
-        batch_size: images in a batch, at most.
+        eps, step_size, steps, report_at, targeted, restarts, seed, engine: as in `attack.pgd`; eps and step_size
+            are in pixel units.
+        precision: in which gradients are computed: one of `attack.PRECISIONS`. None: "fp32", or what the model was
+            prepared for. Predictions, of clean images too, are always computed in fp32.
+        batch_size: images in a batch, at most. None: that of the run that is resumed; else as many as memory holds
+            and help (`find_batch_size`), in equal batches.
         indices: (N,) places of the images in their data set, which key the attack's randomness. None: 0..N-1.
         backend: what computes this package's operations: "auto", "reference", "native", ...
-        progress: called with (model passes done, of how many) after each.
+        parity_images: on how many of the first images a precision other than fp32 is compared with it: they are
+            attacked in fp32 too. 0 for none.
+        parity_tolerance: how many percentage points the errors may differ there at the last reported iterate;
+            whether they do is in the result (`Parity.passed`).
+        outcomes: a file (.npz) to keep every image's outcome in, see `Outcomes`; written after each batch, whole.
+            With several processes each keeps its own beside it until all are done.
+        resume: go on from that file, if it is there; its settings, the model's weights and the images must be the
+            same.
+        overwrite: begin anew though the file exists.
+        progress: called at the start, after each model pass, and after each batch.
 
     Returns:
         An `Evaluation`.
 
     Raises:
+        FileExistsError: `outcomes` exists, and neither `resume` nor `overwrite` is set.
+        OutcomesError: `outcomes` cannot be resumed: it is damaged, or of another run.
+        OSError: it cannot be written.
         TypeError, ValueError: an argument is not as above; the message names it.
     """
     where = "evaluate"
@@ -97,7 +106,12 @@ def evaluate(
     eps, step_size = checks.pixels(where, "eps", eps), checks.step(where, "step_size", step_size)
     steps = checks.integer(where, "steps", steps, low=1)
     reported = checks.iterates(where, report_at, steps)
-    batch_size = checks.integer(where, "batch_size", batch_size, low=1)
+    checks.flag(where, "targeted", targeted)
+    restarts = checks.integer(where, "restarts", restarts, low=1)
+    precision = _precision(where, model, precision)
+    checks.choice(where, "engine", engine, attack.ENGINES)
+    if batch_size is not None:
+        batch_size = checks.integer(where, "batch_size", batch_size, low=1)
     seed = checks.seed(where, seed)
     if indices is None:
         indices = torch.arange(len(images), device=images.device)
@@ -106,81 +120,116 @@ def evaluate(
         raise ValueError(f"{where}: indices must be >= 0, got {int(indices.min())}")
     if not isinstance(backend, str):
         raise TypeError(f"{where}: backend must be a string, got {type(backend).__name__}")
-    choose(images.device, backend, f"{where}: backend")
+    computed = choose(images.device, backend, f"{where}: backend").backend
+    parity_images = checks.integer(where, "parity_images", parity_images, low=0)
+    parity_images = 0 if precision == "fp32" else min(parity_images, len(images))
+    tolerance = checks.real(
+        where, "parity_tolerance", parity_tolerance, "at least 0 (percentage points)", low=0.0, high=100.0
+    )
+    checks.flag(where, "resume", resume)
+    checks.flag(where, "overwrite", overwrite)
     checks.callback(where, "progress", progress)
+    processes = Processes(images.device)
+    store = Store(
+        _path(where, outcomes, resume=resume, overwrite=overwrite),
+        resume=resume,
+        overwrite=overwrite,
+        processes=processes,
+    )
 
-    batches = list(_batches(len(images), min(batch_size, len(images)), images.device))
-    passes, done = len(batches) * (steps + 2), 0
-
-    def tick(_: int = 0) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, passes)
-
-    def attack(rows: Tensor, count: int, callback: Callable[[int], None] | None) -> PGDResult:
-        return pgd(
-            model,
-            images[rows],
-            labels[rows],
-            eps=eps,
-            step_size=step_size,
-            steps=count,
-            report_at=reported if count == steps else (),
-            seed=seed,
-            indices=indices[rows],
-            progress=callback,
-        )
-
-    wrong: list[Tensor] = []
-    losses: list[Tensor] = []
-    misled: dict[int, list[Tensor]] = {k: [] for k in reported}
-    hits: dict[int, list[Tensor]] = {k: [] for k in reported}
+    options = {"eps": eps, "step_size": step_size, "seed": seed, "targeted": targeted, "restarts": restarts}
     with use_backend(backend):
-        # Untimed: first calls choose kernels and fill caches. The clean pass also tells the model's classes, with
-        # which every label is checked at once.
-        rows = batches[0][0]
-        with torch.no_grad():
-            classes = checks.logits(where, model(images[rows]), len(rows)).shape[1]
+        prepared = model if isinstance(model, Prepared) else attack.prepare(model, precision=precision)
+        classes = checks.logits(where, prepared.exact(images[:1]), 1).shape[1]
         checks.within(where, "labels", labels, classes)
-        attack(rows, 1, None)
-        memory = PeakMemory(images.device)
-        start = time.perf_counter()
-        for rows, real in batches:
-            with torch.no_grad():
-                wrong.append((model(images[rows]).argmax(1) != labels[rows])[:real])
-            tick()
-            result = attack(rows, steps, tick)
-            targets = result.targets
-            assert targets is not None  # the attack is targeted
-            for k, predicted in result.predictions.items():
-                misled[k].append((predicted != labels[rows])[:real])
-                hits[k].append(torch.eq(predicted, targets)[:real])
-            losses.append(result.losses[:, :real])
-        clean_error = _share(wrong)  # waits for the device
-        seconds = time.perf_counter() - start
-        peak = memory.bytes()
-    every = torch.cat(losses, dim=1).double()
+        attacker = Attacker(prepared, images, labels, indices, steps, reported, engine, options)
+        batch = _batch_size(batch_size, store, attacker, processes)
+        settings: dict[str, Any] = {}
+        if outcomes is not None:
+            settings = options | {
+                "images": len(images),
+                "data": data_digest(images, labels, indices),
+                "model": model_digest(prepared.model),
+                "steps": steps,
+                "report_at": list(reported),
+                "precision": precision,
+                "engine": engine,
+                "batch_size": batch.images,
+                "parity_images": parity_images,
+                "backend": computed,
+                "device": device_name(images.device),
+                "threads": torch.get_num_threads(),
+                "torch": str(torch.__version__),
+                "sparta_kernels": __version__,
+            }
+        known = Outcomes.none_yet(
+            settings,
+            index=indices.cpu().numpy(),
+            label=labels.cpu().numpy(),
+            report_at=reported,
+            steps=steps,
+            parity=parity_images,
+        )
+        store.take_up(known)
+        done = run(attacker, batch, known, store, processes, progress)
+    clean_error, robust_errors = result.errors(done.outcomes)
+    loss_mean, loss_std = result.losses(done.outcomes)
     return Evaluation(
         images=len(images),
         clean_error=clean_error,
-        errors={k: _share(parts) for k, parts in misled.items()},
-        target_success={k: _share(parts) for k, parts in hits.items()},
-        images_per_second=len(images) / seconds,
-        seconds=seconds,
-        peak_memory=peak,
-        loss_mean=every.mean(1).tolist(),
-        loss_std=every.std(1, correction=0).tolist(),
+        errors=robust_errors,
+        target_success=result.target_success(done.outcomes) if targeted else {},
+        attacked=done.attacked,
+        images_per_second=done.attacked / done.seconds if done.attacked else None,
+        seconds=done.seconds,
+        peak_memory=done.peak_memory,
+        loss_mean=loss_mean,
+        loss_std=loss_std,
+        restarts=restarts,
+        precision=precision,
+        engine=done.engine,
+        engine_reason=done.engine_reason,
+        batch=batch,
+        threads=torch.get_num_threads(),
+        processes=processes.count,
+        parity=result.parity(done.outcomes, tolerance),
     )
 
 
-def _batches(count: int, size: int, device: torch.device) -> Iterable[tuple[Tensor, int]]:
-    """Row numbers of batches of exactly `size`, and how many of each are real; the rest repeat the first."""
-    for start in range(0, count, size):
-        rows = torch.arange(start, min(start + size, count), device=device)
-        yield torch.cat([rows, rows[:1].expand(size - len(rows))]), len(rows)
+def _precision(where: str, model: nn.Module, value: object) -> str:
+    """The precision asked for, which a model that is prepared already must have."""
+    if isinstance(model, Prepared):
+        if value not in (None, model.precision):
+            raise ValueError(
+                f"{where}: precision must be that of the prepared model, {model.precision!r}, or None, got {value!r}"
+            )
+        return model.precision
+    return "fp32" if value is None else checks.choice(where, "precision", value, attack.PRECISIONS)
 
 
-def _share(parts: list[Tensor]) -> float:
-    """The share of True among these masks."""
-    return torch.cat(parts).double().mean().item()
+def _path(where: str, value: object, *, resume: bool, overwrite: bool) -> Path | None:
+    """The outcomes' file, if it can be written."""
+    if value is None:
+        for name, flag in {"resume": resume, "overwrite": overwrite}.items():
+            if flag:
+                raise ValueError(f"{where}: {name} must be False where outcomes is None, got True")
+        return None
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{where}: outcomes must be a path or None, got {value!r}")
+    if resume and overwrite:
+        raise ValueError(f"{where}: resume must be False where overwrite is True, got True")
+    return check_writable(value)
+
+
+def _batch_size(given: int | None, store: Store, attacker: Attacker, processes: Processes) -> BatchSize:
+    """The batch size asked for, that of the run that is resumed, or the best."""
+    count = len(attacker.images)
+    if given is not None:
+        return BatchSize(min(given, count), "as asked for" if given <= count else "all images")
+    stored = (store.settings or {}).get("batch_size")
+    if isinstance(stored, int) and 1 <= stored <= count:
+        return BatchSize(stored, "as before it was resumed")
+    device = attacker.images.device
+    sharers = processes.count if device.type == "cpu" else 1
+    found = find_batch_size(attacker.trial, count, device, processes.count, sharers=sharers)
+    return BatchSize(processes.first(found.images), found.reason)

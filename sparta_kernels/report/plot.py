@@ -58,11 +58,12 @@ def plot_losses(path: str | os.PathLike[str], document: Mapping[str, Any]) -> No
     axes.set_xlim(0, settings["steps"])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("PGD iteration")
-    axes.set_ylabel("cross-entropy to the target class (nats)")
+    targeted = settings.get("targeted", True)
+    axes.set_ylabel(f"cross-entropy to the {'target' if targeted else 'true'} class (nats)")
     axes.set_title(
-        f"Loss during targeted PGD on {settings['images']} {settings['data']} images "
+        f"Loss during {'targeted' if targeted else 'untargeted'} PGD on {settings['images']} {settings['data']} images "
         f"(eps {settings['eps'] * 255:g}/255, step {settings['step_size'] * 255:g}/255)\n"
-        "mean and standard deviation; an attack succeeds by bringing it down",
+        f"mean and standard deviation; an attack succeeds by bringing it {'down' if targeted else 'up'}",
         fontsize=10,
         loc="left",
     )

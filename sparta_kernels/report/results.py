@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..data.files import write_atomically
-from .machine import cpu_name
+from ..machine import device_name
 
 
 def document(
@@ -34,11 +34,10 @@ def document(
         seed: of its randomness.
         build: what `sparta_kernels.build_info()` says.
     """
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": {"type": device, "name": name, "threads": torch.get_num_threads()},
+        "device": {"type": device, "name": device_name(device), "threads": torch.get_num_threads()},
         "seed": seed,
         "settings": dict(settings),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

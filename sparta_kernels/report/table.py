@@ -25,11 +25,48 @@ def evaluation_table(results: Sequence[Mapping[str, Any]], title: str | None = N
             str(row["backend"]),
             percent(row["clean_error"]),
             *(percent(row["errors"][k]) for k in iterates),
-            percent(row["target_success"][iterates[-1]]),
-            f"{row['images_per_second']:.0f}",
+            percent(row["target_success"][iterates[-1]]) if row["target_success"] else "n/a",
+            "n/a" if row["images_per_second"] is None else f"{row['images_per_second']:.0f}",
             megabytes(row["peak_memory"]),
         )
     return table
+
+
+def evaluation_title(settings: Mapping[str, Any]) -> str:
+    """What the networks were evaluated on: images and attack."""
+    title = (
+        f"{settings['images']} {settings['data']} test images, "
+        f"eps {settings['eps'] * 255:g}/255, step {settings['step_size'] * 255:g}/255"
+    )
+    title += "" if settings["targeted"] else ", untargeted"
+    return title + (f", worst of {settings['restarts']} restarts" if settings["restarts"] > 1 else "")
+
+
+def evaluation_notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How it was computed, in lines below the table: batches, precision, engine; how the precision compares."""
+    told: dict[str, list[str]] = {}
+    for row in results:
+        batch, processes = row["batch"], row["processes"]
+        words = [
+            f"batches of {batch['images']} images ({batch['reason']})",
+            f"{row['threads']} CPU {_plural('thread', row['threads'])}",
+            *([f"{processes} processes"] if processes > 1 else []),
+            f"gradients in {row['precision']}",
+            f"engine {row['engine']} ({row['engine_reason']})",
+        ]
+        told.setdefault(", ".join(words), []).append(f"{row['model']}, {row['backend']}")
+    lines = [words if len(told) == 1 else f"{'; '.join(rows)}: {words}" for words, rows in told.items()]
+    for row in results:
+        parity = row["parity"]
+        if parity is None:
+            continue
+        parts = ", ".join(f"PGD-{k} {points:+.1f}" for k, points in parity["differences"].items())
+        verdict = "at most" if parity["passed"] else "MORE THAN"
+        lines.append(
+            f"{row['model']}, {row['backend']}: errors in {row['precision']} minus those in fp32, "
+            f"on {parity['images']} images: {parts} points; {verdict} the {parity['tolerance']:g} allowed at the last"
+        )
+    return lines
 
 
 def facts_table(facts: Mapping[str, Any], title: str | None = None) -> Table:
@@ -50,6 +87,10 @@ def percent(share: float) -> str:
 def megabytes(count: int | None) -> str:
     """A number of bytes as "310 MB", and None as "n/a"."""
     return "n/a" if count is None else f"{count / 1e6:.0f} MB"
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
 
 
 def _leaves(prefix: str, value: Any) -> list[tuple[str, str]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+import torch
+
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -18,3 +20,9 @@ def cpu_name() -> str:
     except OSError:  # not Linux
         pass
     return platform.processor() or platform.machine()
+
+
+def device_name(device: str | torch.device) -> str:
+    """The model of the GPU or CPU that computes there."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()

@@ -1,0 +1,1 @@
+"""The commands of `sparta`, one file each."""

@@ -1,0 +1,311 @@
+"""`sparta evaluate`: networks on clean images and under attack."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .. import attack, backends, data, evaluation, report, training
+from ..attack import checks
+from ..attack.prepare import PRECISIONS_ON_CPU
+from ..nn import ResNet
+from . import launch, options
+from .options import DataName, Device, Eps, Json, Root, Seed, Threads
+
+
+def _images(text: str) -> int | None:
+    """A number of images, or None for "auto"."""
+    try:
+        number = None if text == "auto" else int(text)
+    except ValueError:
+        number = 0
+    if number is not None and number < 1:
+        raise typer.BadParameter(f"must be an integer >= 1 or auto, got {text!r}")
+    return number
+
+
+def evaluate(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Networks that `sparta train` stored.")],
+    data_name: DataName = "digits",
+    root: Root = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only so many of the first test images.")] = None,
+    preset: Annotated[
+        str, typer.Option(help=f"Which paper's step size: {', '.join(attack.PRESETS)} (1/255; max(1/255, eps/steps)).")
+    ] = "sparta",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the attack.")] = 50,
+    report_at: Annotated[
+        Any,
+        typer.Option(
+            parser=options.integers,
+            metavar="STEPS",
+            help="When errors are reported, rising; by default 10, 30, 50 as far as there are, and the last.",
+        ),
+    ] = None,
+    eps: Eps = "16/255",
+    step_size: Annotated[Any, options.pixels("Step of the attack, instead of the preset's")] = None,
+    untargeted: Annotated[
+        bool, typer.Option("--untargeted", help="Drive images away from their class, not to another one.")
+    ] = False,
+    restarts: Annotated[
+        int, typer.Option(min=1, max=2**24, help="Attacks on each image, of which the worst counts.")
+    ] = 1,
+    precision: Annotated[
+        str, typer.Option(help=f"Of the gradients: {', '.join(attack.PRECISIONS)}. Predictions are fp32.")
+    ] = "fp32",
+    engine: Annotated[str, typer.Option(help=f"What runs the attack: {', '.join(attack.ENGINES)}.")] = "auto",
+    batch_size: Annotated[
+        Any,
+        typer.Option(parser=_images, metavar="IMAGES", help="Images in a batch; auto: what memory holds and helps."),
+    ] = "auto",
+    parity_images: Annotated[
+        int, typer.Option(min=0, help="First images on which another precision is compared with fp32; 0: none.")
+    ] = 256,
+    parity_tolerance: Annotated[
+        float, typer.Option(min=0, max=100, help="How far the errors may differ there, in percentage points.")
+    ] = 1.0,
+    backend: Annotated[
+        list[str] | None, typer.Option(help=f"What computes, once for each: {', '.join(backends.NAMES)}.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    outcomes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Keep every image's outcome here, after each batch: FILE.npz for one network and backend, "
+            "a folder with one file for each otherwise.",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what --outcomes holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew though --outcomes exists.")] = False,
+    json_file: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the loss at every iteration here (.png, .pdf).")] = None,
+) -> None:
+    """Evaluate networks on clean test images and under PGD, all iterations from one run.
+
+    By torchrun, several processes share the images: torchrun --no-python --nproc-per-node 2 sparta evaluate ...
+    """
+    place = options.device(device, threads)
+    chosen = backend or ["auto"]
+    for name in chosen:
+        options.check_backend(name, place)
+    with options.naming_the_option(name="preset"):
+        preset_step = attack.preset(preset, eps, steps).step_size
+        step_size = checks.step("evaluate", "step_size", preset_step if step_size is None else step_size)
+        reported = checks.iterates("evaluate", report_at, steps)
+        on_gpu = place.type == "cuda"
+        checks.choice("evaluate", "precision", precision, attack.PRECISIONS if on_gpu else PRECISIONS_ON_CPU)
+        checks.choice("evaluate", "engine", engine, tuple(e for e in attack.ENGINES if on_gpu or e != "graph"))
+    if plot is not None:
+        try:
+            report.check_plot(plot)
+        except (ValueError, ImportError) as error:
+            raise typer.BadParameter(str(error), param_hint="--plot") from error
+    runs = _runs(checkpoints, chosen, outcomes)
+    kept = [] if outcomes is None else _check_outcomes(outcomes, [run.outcomes for run in runs], resume, overwrite)
+    options.check_outputs(
+        [("--json", options.file(json_file)), ("--plot", plot), *(("--outcomes", path) for path in kept)],
+        inputs=checkpoints,
+    )
+    if outcomes is None and (resume or overwrite):
+        raise typer.BadParameter("needs --outcomes", param_hint="--resume" if resume else "--overwrite")
+    if resume and overwrite:
+        raise typer.BadParameter("cannot be combined with --overwrite", param_hint="--resume")
+    with options.naming_the_option(name="data"):
+        dataset = data.describe(data_name)
+    models = {path: _load_model(path, dataset, place) for path in checkpoints}
+    images, labels = (part[:limit].to(place) for part in options.load(data_name, root, "test"))
+    if outcomes is not None and len(runs) > 1:
+        outcomes.mkdir(exist_ok=True)
+
+    results = []
+    with launch.process_group(place):
+        for run in runs:
+            used = backends.choose(place, run.backend).backend
+            label = used if used == run.backend else f"{run.backend} ({used})"
+            with _Display(f"{run.model}, {label}") as display, _ending(run, display, len(images)):
+                found = evaluation.evaluate(
+                    models[run.checkpoint],
+                    images,
+                    labels,
+                    eps=eps,
+                    step_size=step_size,
+                    steps=steps,
+                    report_at=reported,
+                    targeted=not untargeted,
+                    restarts=restarts,
+                    precision=precision,
+                    engine=engine,
+                    batch_size=batch_size,
+                    seed=seed,
+                    backend=run.backend,
+                    parity_images=parity_images,
+                    parity_tolerance=parity_tolerance,
+                    outcomes=run.outcomes,
+                    resume=resume,
+                    overwrite=overwrite,
+                    progress=display.show,
+                )
+            row = {"model": run.model, "checkpoint": str(run.checkpoint), "backend": label}
+            results.append(row | found.as_dict())
+    settings = {
+        "data": data_name,
+        "split": "test",
+        "images": len(images),
+        "preset": preset,
+        "eps": eps,
+        "step_size": step_size,
+        "steps": steps,
+        "report_at": reported,
+        "targeted": not untargeted,
+        "restarts": restarts,
+        "precision": precision,
+        "engine": engine,
+        "batch_size": batch_size or "auto",
+        "parity_images": parity_images,
+        "parity_tolerance": parity_tolerance,
+    }
+    console = options.console(json_file)
+    console.print(report.evaluation_table(results, report.evaluation_title(settings)))
+    for line in report.evaluation_notes(results):
+        console.print(line, soft_wrap=True)
+    document = options.document("evaluate", settings, results, place, seed)
+    options.save(json_file, document)
+    if plot is not None and launch.here().rank == 0:
+        report.plot_losses(plot, document)
+    failed = [row for row in results if row["parity"] and not row["parity"]["passed"]]
+    if failed:
+        options.end(
+            f"parity: {precision} differs from fp32 by more than {parity_tolerance:g} percentage points on "
+            + ", ".join(f"{row['model']} with {row['backend']}" for row in failed),
+            options.FAILED,
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One network with one backend: its short name, and the file for its outcomes, if they are kept."""
+
+    checkpoint: Path
+    model: str
+    backend: str
+    outcomes: Path | None
+
+
+def _runs(checkpoints: Sequence[Path], chosen: Sequence[str], outcomes: Path | None) -> list[_Run]:
+    """What there is to evaluate. With several runs `outcomes` is a folder, of files NETWORK.BACKEND.npz."""
+    stems = [path.stem for path in checkpoints]
+    several = len(checkpoints) * len(chosen) > 1
+    if outcomes is not None and several == (outcomes.suffix == ".npz"):
+        allowed = "a folder for several networks or backends" if several else "a file .npz for one network and backend"
+        raise typer.BadParameter(f"must be {allowed}, got {outcomes}", param_hint="--outcomes")
+    runs = []
+    for number, path in enumerate(checkpoints, 1):
+        unique = stems.count(path.stem) == 1
+        for name in chosen:
+            file = f"{path.stem if unique else f'{path.stem}-{number}'}.{name}.npz"
+            kept = outcomes / file if outcomes is not None and several else outcomes
+            runs.append(_Run(path, path.stem if unique else str(path), name, kept))
+    return runs
+
+
+def _check_outcomes(outcomes: Path, files: Sequence[Path | None], resume: bool, overwrite: bool) -> list[Path]:
+    """The paths that must be writable now; files that exist are only for --resume and --overwrite."""
+    paths = [path for path in files if path is not None]
+    for path in paths:
+        if path.exists() and not resume and not overwrite:
+            raise typer.BadParameter(
+                f"{path} exists; add --resume or --overwrite, or name another", param_hint="--outcomes"
+            )
+    if outcomes in paths or outcomes.is_dir():
+        return paths
+    if outcomes.exists():
+        raise typer.BadParameter(f"must be a folder, got the file {outcomes}", param_hint="--outcomes")
+    return [outcomes]  # the folder, yet to be made
+
+
+@contextmanager
+def _ending(run: _Run, display: _Display, count: int) -> Iterator[None]:
+    """End with a message where the evaluation itself cannot go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        display.stop()
+        kept = "nothing was written"
+        if run.outcomes is not None and run.outcomes.exists():
+            kept = f"{display.images} of {count} images of {run.model} are in {run.outcomes}; go on with --resume"
+        options.end(f"interrupted; {kept}", options.INTERRUPTED)
+    except evaluation.OutcomesError as error:
+        raise typer.BadParameter(str(error), param_hint="--outcomes") from error
+    except ValueError as error:
+        # A network that gives NaN, say: only running it tells.
+        if not re.match(r"\w+: model must ", str(error)):
+            raise
+        options.end(f"{run.checkpoint}: {error}", options.FAILED)
+
+
+class _Display:
+    """A bar over the model passes of one evaluation, with its speed and errors so far."""
+
+    def __init__(self, name: str) -> None:
+        self.images = 0
+        console = options.progress_console()
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[state]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=console.quiet,
+        )
+        self._task = self._bars.add_task(name, total=None, state="")
+        self._told = False
+
+    def __enter__(self) -> _Display:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the terminal to others."""
+        self._bars.stop()
+
+    def show(self, progress: evaluation.Progress) -> None:
+        """A model pass is done."""
+        if not self._told:
+            self._told = True
+            size, reason = progress.batch
+            self._bars.console.print(f"batches of {size} images ({reason})", highlight=False)
+        self.images = progress.images
+        state = ""
+        if progress.clean_error is not None and progress.robust_error is not None:
+            state = f"clean {report.percent(progress.clean_error)} robust {report.percent(progress.robust_error)}"
+        if progress.images_per_second is not None:
+            state += f" {progress.images_per_second:.3g} images/s"
+        self._bars.update(self._task, completed=progress.done, total=progress.total, state=state)
+
+
+def _load_model(path: Path, dataset: data.Dataset, device: torch.device) -> ResNet:
+    """The network in this file, which must fit the data set."""
+    with options.naming_the_checkpoint("CHECKPOINTS"):
+        model, _ = training.load_checkpoint(path, device)
+    shape = (model.in_channels, model.linear.out_features)
+    if shape != (dataset.shape[0], dataset.classes):
+        raise typer.BadParameter(
+            f"{dataset.name} has {dataset.shape[0]} channels and {dataset.classes} classes, "
+            f"but {path} was trained for {shape[0]} and {shape[1]}",
+            param_hint="--data",
+        )
+    return model

@@ -1,0 +1,178 @@
+"""Options that several commands have, their checks, and where results go."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+
+from .. import backends, build_info, data, report, training
+from ..attack import checks
+from ..data.files import check_writable
+from . import launch
+
+FAILED = 1
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+def fraction(text: str) -> float:
+    """A number, or a fraction such as 16/255."""
+    try:
+        over, _, under = text.partition("/")
+        number = float(over) / float(under) if under else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(f"must be a number or a fraction such as 16/255, got {text!r}") from None
+    if not math.isfinite(number):
+        raise typer.BadParameter(f"must be finite, got {text!r}")
+    return number
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Integers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise typer.BadParameter(f"must be integers such as 30,60, got {text!r}") from None
+
+
+def pixels(help: str) -> Any:
+    return typer.Option(parser=fraction, metavar="NUMBER", help=f"{help}, in pixel units.")
+
+
+DataName = Annotated[str, typer.Option("--data", help=f"Data set: {', '.join(data.DATASETS)}.")]
+Root = Annotated[Path | None, typer.Option(help="Folder with the data set's files, where it needs one.")]
+Eps = Annotated[Any, pixels("Radius of the attack")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
+Device = Annotated[
+    str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...; by torchrun, cuda is a GPU for each process.")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="CPU threads, of each process; by default as many as cores.")
+]
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Save as JSON here; - prints it.")]
+
+
+@contextmanager
+def naming_the_option(**options: str) -> Iterator[None]:
+    """Turn "somewhere: name must ..." into a message about --name, or the option `options` gives for it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        match = re.fullmatch(r"\w+: (?:each of )?(\w+) (must.*)", str(error), flags=re.DOTALL)
+        if match is None:
+            raise typer.BadParameter(str(error)) from error
+        option = options.get(match[1], match[1]).replace("_", "-")
+        raise typer.BadParameter(match[2], param_hint=f"--{option}") from error
+
+
+def device(name: str, threads: int | None) -> torch.device:
+    """The device called `name`, and as many CPU threads as asked for."""
+    started = launch.here()
+    with naming_the_option():
+        device = checks.device(
+            "sparta", f"cuda:{started.local_rank}" if (name == "cuda" and started.count > 1) else name
+        )
+    if threads is None and started.count > 1:  # torchrun's own default is one
+        threads = launch.cores()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    try:
+        backends.choose(device, name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--backend") from error
+
+
+def check_outputs(outputs: Iterable[tuple[str, Path | None]], inputs: Sequence[Path] = ()) -> None:
+    """Refuse files, by option, that cannot be written or are one another or an input, before the work."""
+    taken = [("CHECKPOINTS", path) for path in inputs]
+    for option, path in outputs:
+        if path is None:
+            continue
+        for other, file in taken:
+            if _same_file(path, file):
+                raise typer.BadParameter(f"must not be the file of {other}, got {path}", param_hint=option)
+        taken.append((option, path))
+        try:
+            check_writable(path)
+        except OSError as error:
+            raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether these are one file, there already (perhaps by two names) or to be."""
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+@contextmanager
+def naming_the_checkpoint(argument: str) -> Iterator[None]:
+    """Turn a file that is no checkpoint into a message about `argument`."""
+    try:
+        yield
+    except (training.CheckpointError, OSError) as error:
+        raise typer.BadParameter(str(error), param_hint=argument) from error
+
+
+def load(name: str, root: Path | None, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A split of a data set, or a message about --data."""
+    try:
+        return data.load(name, root, split)
+    except (ImportError, OSError) as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from error
+
+
+def document(command: str, settings: Any, results: Any, device: torch.device, seed: int) -> dict[str, Any]:
+    return report.document(
+        command, settings=settings, results=results, device=str(device), seed=seed, build=build_info()
+    )
+
+
+def file(json_file: str | None) -> Path | None:
+    """The file that --json names, if any."""
+    return None if json_file in (None, "-") else Path(json_file)
+
+
+def console(json_file: str | None) -> Console:
+    """Where tables go: standard output, unless the JSON has it to itself."""
+    return Console(stderr=json_file == "-", highlight=False, quiet=launch.here().rank > 0)
+
+
+def progress_console() -> Console:
+    return Console(stderr=True, quiet=launch.here().rank > 0)
+
+
+def save(json_file: str | None, content: Any) -> None:
+    if launch.here().rank > 0:
+        return
+    if json_file == "-":
+        print(report.as_json(content), end="")
+    elif json_file is not None:
+        report.save_json(json_file, content)
+
+
+def say(message: str) -> None:
+    """One line on standard error."""
+    rank = launch.here().rank
+    print(f"sparta{f' (process {rank})' if rank else ''}: {message}", file=sys.stderr)
+
+
+def end(message: str, status: int) -> NoReturn:
+    say(message)
+    raise typer.Exit(status)

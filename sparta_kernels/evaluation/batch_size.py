@@ -1,0 +1,63 @@
+"""How many images to attack at once: as many as help, and as memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .memory import PeakMemory, available
+
+# Past these a larger batch gains nothing: measured on a CPU; on a GPU kernels that fill the machine long before.
+MOST = {"cpu": 256, "cuda": 1024}
+# Of the memory that is free now: others share a CPU's, and its allocator leaves gaps.
+SHARE = {"cpu": 0.5, "cuda": 0.8}
+TRIALS = (4, 16)  # images
+
+
+class BatchSize(NamedTuple):
+    """A number of images, and why this one."""
+
+    images: int
+    reason: str
+
+
+def find_batch_size(
+    attack: Callable[[int], object], count: int, device: torch.device, processes: int = 1, *, sharers: int = 1
+) -> BatchSize:
+    """A batch size for attacking `count` images in equal batches, with little padding.
+
+    Two small attacks tell what an image costs: a line through their peaks. Where it cannot be measured, or is
+    lost in the noise, memory is no limit.
+
+    Args:
+        attack: attacks its argument's number of images, 1..`count`, one step far.
+        count: images in all, at least 1.
+        device: where.
+        processes: how many share the images.
+        sharers: how many of them share this memory.
+    """
+    most = MOST[device.type]
+    reason = f"at most {most} on {'a CPU' if device.type == 'cpu' else 'a GPU'}"
+    free = available(device)
+    small, large = (min(trial, count) for trial in TRIALS)
+    if free is not None and small < large:
+        attack(small)  # first calls allocate what stays
+        costs = [_peak(attack, images, device) for images in (small, large)]
+        if None not in costs and costs[1] > costs[0]:  # type: ignore[operator]
+            per_image = (costs[1] - costs[0]) / (large - small)  # type: ignore[operator]
+            fits = max(1, int(SHARE[device.type] * free / sharers / per_image))
+            if fits < most:
+                most = fits
+                reason = f"{per_image / 1e6:.3g} MB an image, {free / sharers / 1e9:.3g} GB free"
+    # Equal shares instead of full batches and one that is mostly padding.
+    batches = -(-count // most)
+    batches = -(-batches // processes) * processes
+    return BatchSize(-(-count // batches), reason)
+
+
+def _peak(attack: Callable[[int], object], images: int, device: torch.device) -> int | None:
+    memory = PeakMemory(device)
+    attack(images)
+    return memory.bytes()

@@ -1,0 +1,63 @@
+"""The processes that share an evaluation: one, or those of torch.distributed's process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+Work = TypeVar("Work")
+
+
+class Processes:
+    """This process, number `rank` of `count`. Every method but `share` must be called by all of them.
+
+    Args:
+        device: where a tensor that NCCL sends must lie.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.count, self._device = 0, 1, device
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.count = dist.get_rank(), dist.get_world_size()
+            if "gloo" in dist.get_backend():
+                self._device = torch.device("cpu")
+
+    def share(self, work: Sequence[Work]) -> Sequence[Work]:
+        """What of `work` falls to this process."""
+        return work[self.rank :: self.count]
+
+    def wait(self) -> None:
+        """Go on once all are here."""
+        self.largest(0.0)
+
+    def first(self, number: int) -> int:
+        """The `number` of process 0."""
+        return int(self._reduce(torch.tensor(number if self.rank == 0 else 0), "SUM"))
+
+    def total(self, number: int) -> int:
+        """The sum over all."""
+        return int(self._reduce(torch.tensor(number), "SUM"))
+
+    def largest(self, number: float) -> float:
+        """The largest of all."""
+        return float(self._reduce(torch.tensor(number, dtype=torch.float64), "MAX"))
+
+    def combine(self, array: np.ndarray) -> np.ndarray:
+        """What each has of an array of which every element is 0 in all processes but one, bit for bit."""
+        if self.count == 1:
+            return array
+        # Floats as integers: 0.0 and -0.0 do not add up to -0.0.
+        numbers = array.view({np.dtype(bool): np.uint8, np.dtype(np.float32): np.int32}.get(array.dtype, array.dtype))
+        combined: np.ndarray = self._reduce(torch.from_numpy(numbers.copy()), "SUM").numpy()
+        return combined.view(array.dtype)
+
+    def _reduce(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
+        if self.count == 1:
+            return tensor
+        tensor = tensor.to(self._device)
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+        return tensor.cpu()

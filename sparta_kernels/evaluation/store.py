@@ -1,0 +1,116 @@
+"""The file that an evaluation keeps its outcomes in, and those of its other processes beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from .outcomes import Outcomes, OutcomesError
+from .processes import Processes
+
+# Not compared when a run is taken up: it is known only once the attack has run, and compared then.
+_LATE = {"engine_used"}
+
+
+class Store:
+    """Keeps outcomes in a file, from which a run that was stopped at any moment goes on.
+
+    Process 0 writes the file itself, any further process one beside it; a file left beside it belongs to a run that
+    was stopped, with whatever number of processes.
+
+    Args:
+        path: the file; None keeps nothing.
+        resume: go on from what is there, if anything is.
+        overwrite: begin anew although it exists.
+        processes: that share the work; all of them must see the folder.
+
+    Raises:
+        FileExistsError: it exists, and neither `resume` nor `overwrite` is set.
+        OutcomesError: what is to be resumed is damaged.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path | None, *, resume: bool, overwrite: bool, processes: Processes) -> None:
+        self._path, self._processes = path, processes
+        self._own = None if path is None else _part(path, processes.rank)
+        self._found = [] if path is None else [file for file in (path, *_parts(path)) if file.exists()]
+        if self._found and not (resume or overwrite):
+            raise FileExistsError(f"outcomes {self._found[0]} exists; resume it, overwrite it, or name another file")
+        self._before = [Outcomes.load(file) for file in self._found] if resume else []
+
+    @property
+    def settings(self) -> Mapping[str, Any] | None:
+        """Those of the run that is resumed; None if there is none."""
+        return self._before[0].settings if self._before else None
+
+    def take_up(self, outcomes: Outcomes) -> None:
+        """Add to `outcomes` what was known before, and clear up so that all of it is in one file.
+
+        Raises:
+            OutcomesError: the run that is resumed is another one, or its file is damaged.
+            OSError: the file cannot be written.
+        """
+        for file, before in zip(self._found, self._before, strict=False):
+            self._compare(file, outcomes.settings, before.settings, except_for=_LATE)
+            if not before.fits(outcomes):
+                raise OutcomesError(f"outcomes {file}: its content is damaged (arrays that do not fit its settings)")
+            self._compare(file, self._before[0].settings, before.settings)
+            outcomes.take_over(before)
+        if self._before:
+            outcomes.settings |= {name: self._before[0].settings.get(name) for name in _LATE}
+        self._processes.wait()  # all have read
+        if self._path is not None and self._processes.rank == 0:
+            if self._before:
+                outcomes.save(self._path)
+            _remove_parts(self._path)
+        self._processes.wait()  # all are written anew, if they are
+
+    def settle(self, outcomes: Outcomes, **late: Any) -> None:
+        """Note the settings that are known only now. OutcomesError if the run that is resumed had others."""
+        outcomes.settings |= late
+        if self._before:
+            self._compare(self._found[0], outcomes.settings, self._before[0].settings)
+
+    def save(self, outcomes: Outcomes) -> None:
+        """Keep what this process knows. OSError if it cannot be written; what was kept before still is."""
+        if self._own is not None:
+            outcomes.save(self._own)
+
+    def finish(self, outcomes: Outcomes) -> None:
+        """Keep the outcomes of all processes, in the one file."""
+        if self._path is not None and self._processes.rank == 0:
+            outcomes.save(self._path)
+            _remove_parts(self._path)
+
+    def _compare(
+        self, file: Path, new: Mapping[str, Any], old: Mapping[str, Any], except_for: Set[str] = frozenset()
+    ) -> None:
+        keys = sorted(key for key in (new.keys() | old.keys()) - except_for if new.get(key) != old.get(key))
+        if keys:
+            words = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in keys)
+            raise OutcomesError(f"outcomes {file}: cannot resume with other settings: {words}{_advice(keys, old)}")
+
+
+def _part(path: Path, rank: int) -> Path:
+    """Where process `rank` keeps its outcomes."""
+    return path if rank == 0 else path.with_name(f"{path.name}.part{rank}")
+
+
+def _parts(path: Path) -> list[Path]:
+    """What processes other than 0 have left beside the file."""
+    name = re.compile(re.escape(path.name) + r"\.part\d+")
+    return sorted(file for file in path.parent.glob("*") if name.fullmatch(file.name))
+
+
+def _remove_parts(path: Path) -> None:
+    for file in _parts(path):
+        file.unlink(missing_ok=True)
+
+
+def _advice(keys: list[str], old: Mapping[str, Any]) -> str:
+    """Why a difference that changes no image's attack matters all the same."""
+    if keys in (["threads"], ["batch_size"], ["batch_size", "threads"]):
+        return " (rounding depends on it, and the outcomes would no longer be those of one run)"
+    return ""
