@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sparta_kernels import attack, data, training
+from sparta_kernels import data, training
 from sparta_kernels.training import CheckpointError, Settings, TrainingDiverged, load_checkpoint, loop, train
 from sparta_kernels.training.settings import learning_rate
 
@@ -104,12 +105,14 @@ def test_seed_decides_the_weights(tmp_path):
 def test_what_the_attack_is_given(path, monkeypatch):
     calls = []
 
-    def spy(model, images, labels, **keywords):
-        assert not model.training
+    def spy(prepared, images, labels, **keywords):
+        # It attacks the network as it is now, in eval mode.
+        now = copy.deepcopy(prepared.model).eval()
+        torch.testing.assert_close(prepared(images), now(images), rtol=1e-4, atol=1e-4)
         calls.append((images, labels, keywords))
-        return attack.PGDResult(images, None, {}, images.new_zeros(1, len(images)))
+        return images
 
-    monkeypatch.setattr(loop.attack, "pgd", spy)
+    monkeypatch.setattr(loop.attack, "perturb", spy)
     train(Settings(**TINY | {"epochs": 12, "seed": 1}), path)
     images, labels = data.load("digits")
     orders = []
@@ -130,7 +133,7 @@ def test_what_the_attack_is_given(path, monkeypatch):
 
 
 def test_standard_training_makes_no_attack(path, monkeypatch):
-    monkeypatch.setattr(loop.attack, "pgd", None)
+    monkeypatch.setattr(loop.attack, "perturb", None)
     batches, epochs = [], []
     settings = Settings(**TINY | {"attack": "none", "epochs": 2})
     history = train(settings, path, on_batch=batches.append, on_epoch=epochs.append)

@@ -152,6 +152,9 @@ class Prepared(nn.Module):
         return super().train(False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Prepared:
+        # Other people's attacks say .to(device) to whatever they are given, and it may well be there.
+        if all(fn(tensor) is tensor for tensor in (*self.parameters(), *self.buffers())):
+            return self
         raise RuntimeError("Prepared: cannot be moved or converted; move its .model, and prepare that")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

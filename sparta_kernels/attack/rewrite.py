@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..nn.frozen import CONVOLUTIONS, NORMS, Form, FrozenConv, freeze, why_not, why_not_fold
+from ..nn.frozen import CONVOLUTIONS, NORMS, Form, FrozenConv, Statistics, freeze, why_not, why_not_fold
 from ..ops.relu import add_relu, add_relu_fork
 from .tracing import ROOT, drop_unused, first_input, is_relu, is_sum, trace, writes_input
 
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in eval mode
+_PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.conv1d, torch.conv2d, torch.conv3d}
 _NORMALISATION = (*NORMS, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
 
 
@@ -124,16 +125,29 @@ class _Rewriter:
                 self.left[node.target] = reason
                 continue
             norm_node = next(iter(node.users)) if len(node.users) == 1 else None
-            norm = self._module(norm_node)
+            norm_name, norm = self._norm(norm_node)
             if norm is None or why_not_fold(layer, norm) is not None:
-                norm_node = norm = None
-            name = self._name(node.target, (node.target, norm_node and norm_node.target))
+                norm_name = norm = None
+            name = self._name(node.target, (node.target, norm_name))
             if name not in self.built:
                 self.built[name] = freeze(layer, norm, self.form)
-            if norm_node is not None:
-                self.folded.append((norm_node.target, node.target))
-                self._replace(norm_node, node)
+            self.named[name] = layer
+            if norm_name is not None:
+                self.folded.append((norm_name, node.target))
+                self._replace(norm_node, node)  # type: ignore[arg-type]
             node.target = name
+
+    def _norm(self, node: fx.Node | None) -> tuple[str | None, Any]:
+        """The normalisation that the node is, and its name: a module, or `F.batch_norm` of a module's tensors."""
+        if node is None or node.op == "call_module":
+            return (None, None) if node is None else (str(node.target), self._module(node))
+        if node.target is not F.batch_norm or node.kwargs.get("training", False) or len(node.args) < 8:
+            return None, None
+        mean, variance, weight, bias, training, _, eps = node.args[1:8]
+        tensors = [arg and self.named.get(str(getattr(arg, "target", ""))) for arg in (mean, variance, weight, bias)]
+        if training or mean is None or not all(value is None or isinstance(value, Tensor) for value in tensors):
+            return None, None
+        return str(getattr(mean, "target", "")).rpartition(".")[0], Statistics(*tensors, eps)  # type: ignore[call-arg]
 
     def _name(self, wanted: str, key: object) -> str:
         """A name for what is made of `key`: the same one for the same key."""
@@ -151,13 +165,31 @@ class _Rewriter:
                 continue
             thing = self.named[node.target]
             if isinstance(thing, Tensor):
-                self.built[node.target] = self._constant(thing, self.form.dtype)
+                self.built[node.target] = self._constant(thing, self._weight_dtype(node))
                 continue
             if isinstance(thing, _NORMALISATION):
                 self.left.setdefault(node.target, self._why_not_folded(node, thing))
             self.built[node.target] = self._copy(thing)
+            if self._is_converted(thing):
+                self.built[node.target] = _InItsDtype(self.built[node.target], self.form.dtype)  # type: ignore[arg-type]
             if hasattr(type(thing), "prepare_for_attack"):
                 self.prepared.append(node.target)
+
+    def _weight_dtype(self, node: fx.Node) -> torch.dtype | None:
+        """What to make of a tensor that the model's own functions read: weights of products are converted."""
+        if self.form.dtype is None or not all(user.target in _PRODUCTS for user in node.users):
+            return None
+        for user in list(node.users):  # their other operand, too
+            read = first_input(user)
+            if read is not None and read is not node:
+                with self.graph.inserting_before(user):
+                    user.replace_input_with(read, self.graph.call_method("to", (read, self.form.dtype)))
+        return self.form.dtype
+
+    def _is_converted(self, module: nn.Module) -> bool:
+        """Whether the module is left alone but for weights in another dtype."""
+        alone = not isinstance(module, _NORMALISATION) and not hasattr(type(module), "prepare_for_attack")
+        return self.form.dtype is not None and alone and next(module.parameters(), None) is not None
 
     def _copy(self, module: nn.Module) -> nn.Module:
         """The module with constant weights, its parts likewise; buffers are the module's own."""
@@ -168,7 +200,8 @@ class _Rewriter:
         elif why_not(module) is None:
             self._copies[module] = freeze(module, None, self.form)
         else:
-            same = self._copies[module] = copy.copy(module)
+            same = self._copies[module] = type(module).__new__(type(module))  # copy.copy: not all modules permit it
+            same.__dict__ = dict(module.__dict__)
             same._modules = {name: None if part is None else self._copy(part) for name, part in module._modules.items()}
             # Normalisation takes 16-bit inputs with statistics and weights in float32, and is the better for it.
             dtype = None if isinstance(module, _NORMALISATION) else self.form.dtype
@@ -188,6 +221,8 @@ class _Rewriter:
         return constant
 
     def _why_not_folded(self, node: fx.Node, norm: nn.Module) -> str:
+        if not isinstance(norm, NORMS):
+            return f"{type(norm).__name__} is not a BatchNorm of torch.nn"
         before = first_input(node)
         layer = None if before is None or before.op != "call_module" else self.built.get(str(before.target))
         if before is None or not isinstance(layer, FrozenConv):
@@ -254,6 +289,20 @@ class _Rewriter:
     def _replace(self, node: fx.Node, by: Any) -> None:
         node.replace_all_uses_with(by)
         self.graph.erase_node(node)
+
+
+class _InItsDtype(nn.Module):
+    """A module with weights in another dtype, given its inputs in that."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def convert(value: Any) -> Any:
+            return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return self.module(*map(convert, args), **{name: convert(value) for name, value in kwargs.items()})
 
 
 def _short(name: str) -> str:

@@ -30,6 +30,16 @@ class Form(NamedTuple):
     memory_format: torch.memory_format = torch.contiguous_format
 
 
+class Statistics(NamedTuple):
+    """A BatchNorm in eval mode that is not a module: the tensors that `torch.nn.functional.batch_norm` is given."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
 class _Frozen(nn.Module):
     """The weights of a convolution or linear layer, of which nothing is differentiated.
 
@@ -149,7 +159,7 @@ def why_not(layer: Any) -> str | None:
 
 def why_not_fold(conv: Any, norm: Any) -> str | None:
     """Why `norm` cannot be folded into the convolution before it, which can be frozen; None where it can."""
-    if type(norm) not in NORMS:
+    if type(norm) not in (*NORMS, Statistics):
         return f"{type(norm).__name__} is not a BatchNorm of torch.nn"
     if has_hooks(norm):
         return "it has hooks"
@@ -165,7 +175,7 @@ def freeze(layer: nn.Module, norm: nn.Module | None, form: Form) -> nn.Module:
     return FrozenLinear(layer, form) if isinstance(layer, nn.Linear) else FrozenConv(layer, norm, form)
 
 
-def has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: Any) -> bool:
     """Whether calling the module runs more than its forward."""
     return any(
         getattr(module, name, None)
