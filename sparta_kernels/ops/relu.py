@@ -91,7 +91,7 @@ class AddRelu(Function):
         ctx.save_for_backward(bits)
         ctx.set_materialize_grads(False)
         ctx.options = y.stride(), backend
-        return (y, y.view_as(y)) if twice else y
+        return (y, y[...]) if twice else y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad2: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -121,19 +121,22 @@ def _check(operation: str, a: Tensor, b: Tensor | None, inplace: bool) -> None:
         raise TypeError(f"{operation}: inplace must be a bool, got {type(inplace).__name__}")
 
 
-def _check_written(operation: str, a: Tensor, b: Tensor | None, twice: bool) -> None:
-    """That y may be written over a."""
-    if torch.is_grad_enabled():
-        if a.requires_grad and a.is_leaf:
-            raise ValueError(f"{operation}: a must not be a leaf that requires a gradient where inplace is True")
-        if twice and a._is_view():
-            raise ValueError(f"{operation}: a must not be a view where inplace is True: autograd takes only one result")
+def _check_written(operation: str, a: Tensor, b: Tensor | None, twice: bool, wanted: bool) -> None:
+    """That y may be written over a, before it is; `wanted`: with a gradient."""
     if not is_gapless(a):
         raise ValueError(
             f"{operation}: a must lie in memory without gaps where inplace is True, got strides {a.stride()}"
         )
     if b is not None and 0 < abs(a.data_ptr() - b.data_ptr()) < a.numel() * a.itemsize:
         raise ValueError(f"{operation}: b must not overlap with a where inplace is True, but may be the same memory")
+    if not wanted:
+        return
+    base = a._base if a._is_view() else a
+    if base is not None and base.is_leaf and base.requires_grad:
+        what = "a leaf" if base is a else "a view of a leaf"
+        raise ValueError(f"{operation}: a must not be {what} that requires a gradient where inplace is True")
+    if twice and base is not a:
+        raise ValueError(f"{operation}: a must not be a view where inplace is True: autograd takes one result for that")
 
 
 def _apply(operation: str, a: Tensor, b: Tensor | None, inplace: bool, twice: bool, backend: str | None) -> Any:
@@ -141,14 +144,14 @@ def _apply(operation: str, a: Tensor, b: Tensor | None, inplace: bool, twice: bo
     chosen = backends.choose(a.device, backend, f"{operation}: backend").backend
     compiling = torch.compiler.is_compiling()
     transformed = torch._C._are_functorch_transforms_active()
+    wanted = torch.is_grad_enabled() and (a.requires_grad or (b is not None and b.requires_grad))
     if inplace and not (compiling or transformed):
-        _check_written(operation, a, b, twice)
+        _check_written(operation, a, b, twice, wanted)
     # torch.func differentiates and batches the plain form by itself.
     if chosen == "reference" or transformed:
         y = (a if b is None else a.add_(b)).relu_() if inplace else reference.add_relu(a, b)
-        return (y, y.view_as(y)) if twice else y
+        return (y, y[...]) if twice else y
     inplace = inplace and not compiling
-    wanted = torch.is_grad_enabled() and (a.requires_grad or (b is not None and b.requires_grad))
     # Under forward-mode AD the Function says that it has no such derivative; a raw operation would drop it in silence.
     if wanted or torch.autograd.forward_ad._current_level >= 0:
         return AddRelu.apply(a, b, inplace, twice, chosen)
@@ -157,7 +160,7 @@ def _apply(operation: str, a: Tensor, b: Tensor | None, inplace: bool, twice: bo
         y = a
     else:
         y = _raw_forward(a, b, False, chosen)[0]
-    return (y, y.view_as(y)) if twice else y
+    return (y, y[...]) if twice else y
 
 
 def add_relu(a: Tensor, b: Tensor | None = None, *, inplace: bool = False, backend: str | None = None) -> Tensor:
@@ -180,7 +183,7 @@ def add_relu(a: Tensor, b: Tensor | None = None, *, inplace: bool = False, backe
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: a shape, device or ``backend`` does not fit; or ``inplace`` is True, and a is a leaf that requires a
-            gradient, has gaps, or overlaps with b. a is then as it was.
+            gradient (or a view of one), has gaps, or overlaps with b. a is then as it was.
     """
     return _apply("add_relu", a, b, inplace, False, backend)
 
