@@ -21,6 +21,21 @@ BATCH = 32  # torchattacks averages the loss, we sum it: a power of two is an ex
 IMAGES = 1000
 
 
+@contextlib.contextmanager
+def one_thread():
+    """What is computed here is small: several threads, on cores that others use too, would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _in_one_thread():
+    with one_thread():
+        yield
+
+
 @pytest.fixture
 def torchattacks():
     return pytest.importorskip("torchattacks", reason="needs torchattacks (requirements-compare.txt)")
@@ -74,7 +89,7 @@ def digits(all_digits) -> tuple[Tensor, Tensor]:
 def digits_network(all_digits, digits) -> nn.Module:
     """A narrow SPARTA ResNet-18 that tells most of the other digits, trained for seconds."""
     images, labels = (part[IMAGES:] for part in all_digits)
-    with torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         digit = data.describe("digits")
         network = resnet18(10, activation="sparta", width=8, in_channels=1, mean=digit.mean, std=digit.std)
@@ -94,13 +109,7 @@ def digits_network(all_digits, digits) -> nn.Module:
 @pytest.fixture(params=["model", "prepared"])
 def attacked(request, digits_network) -> nn.Module:
     """The trained network, as it is and prepared."""
-    return prepare(digits_network) if request.param == "prepared" else digits_network
-
-
-def prepare(network, **options):
-    if not hasattr(attack, "prepare"):
-        pytest.skip("there is no attack.prepare yet")
-    return attack.prepare(network, **options)
+    return attack.prepare(digits_network) if request.param == "prepared" else digits_network
 
 
 def error(network: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -178,7 +187,7 @@ def test_our_error_on_a_prepared_model_is_torchattacks_error(
         noise=start_noise(images, seed=0),
         monkeypatch=monkeypatch,
     )
-    prepared = prepare(digits_network, precision=precision)
+    prepared = attack.prepare(digits_network, precision=precision)
     ours = attack.pgd(prepared, images, labels, eps=EPS, step_size=STEP, steps=20)
     wrong = float((ours.predictions[20] != labels).float().mean())
     expected = error(digits_network, theirs, labels)
@@ -236,3 +245,13 @@ def test_art_on_a_sparta_network(art, attacked, digits_network, digits, our_erro
     one_hot = F.one_hot(targets_of(labels), 10).numpy()
     found = torch.from_numpy(pgd.generate(images.numpy(), one_hot))
     check(attacked, digits_network, found, digits, our_error)
+
+
+def test_a_prepared_model_stays_where_it_is(digits_network):
+    """Others say `.to(device)` first."""
+    prepared = attack.prepare(digits_network)
+    assert prepared.to("cpu") is prepared.float() is prepared
+    with pytest.raises(RuntimeError, match="cannot be moved or converted"):
+        prepared.double()
+    with pytest.raises(RuntimeError, match="cannot be moved or converted"):
+        prepared.to("meta")

@@ -101,7 +101,7 @@ class Prepared(nn.Module):
         if images.dim() == 4:
             images = images.contiguous(memory_format=self.memory_format)
         with self.arithmetic():
-            logits = (network or self.network)(images)
+            logits = (self.network if network is None else network)(images)
         low = isinstance(logits, Tensor) and logits.dtype in (torch.bfloat16, torch.float16)
         return logits.float() if low else logits
 
