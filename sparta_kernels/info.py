@@ -11,7 +11,7 @@ from sparta_kernels import backends
 from sparta_kernels._version import __version__
 from sparta_kernels.backends import choices, native
 
-OPERATIONS = ("sparta_gate", "dynamic_conv", "pgd_step_", "pgd_start_")
+OPERATIONS = ("sparta_gate", "dynamic_conv", "pgd_step_", "pgd_start_", "add_relu")
 
 
 def _cuda() -> dict[str, Any]:
@@ -42,9 +42,12 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict with "versions", "cpu" (instruction sets built, supported and used; threads), "cuda" (architectures
-        built, driver, devices, and what was measured to be the faster backend on such devices) and "operations": for
-        every operation and kind of device, the backend that ``auto`` takes and why.
+        built, driver, devices, and what was measured to be the faster backend on such devices), "operations": for
+        every operation and kind of device, the backend that ``auto`` takes and why, and "engines": the same of attacks,
+        for every kind of device and precision.
     """
+    from sparta_kernels.attack import engines  # attacks stand on what this module stands on
+
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     chosen = {kind: backends.choose(torch.device(kind), "auto") for kind in kinds}
     return {
@@ -65,4 +68,5 @@ def build_info() -> dict[str, Any]:
         "operations": {
             operation: {kind: choice._asdict() for kind, choice in chosen.items()} for operation in OPERATIONS
         },
+        "engines": engines.chosen(),
     }

@@ -38,6 +38,7 @@ class Step(NamedTuple):
     targeted: bool
 
 
+_Outputs = tuple[Tensor, Tensor]  # logits (N, classes) and losses (N,)
 Goal = Callable[[int], Tensor]  # the classes whose cross-entropy is driven, of a model with so many classes
 
 
@@ -168,40 +169,52 @@ class _Captured:
     def __init__(self, model: Prepared, step: Step, images: Tensor, goal: Goal) -> None:
         self.room = len(images)
         loop = Eager(model, model, step)
-        with torch.cuda.device(images.device):
-            # What is allocated, chosen and compiled at first use has to be before the capture, on another stream.
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self.adversarial = loop.begin(images.clone(), goal)
-                for _ in range(3):
-                    loop.iterate()
-                loop.look()
-            torch.cuda.current_stream().wait_stream(side)
-            self._clean, self._goal = loop.clean, loop.classes
-            self._count_of_classes = int(loop.look()[0].shape[1])
-            self._iteration, self._look = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._iteration):
-                self._iterated: tuple[Tensor, Tensor] = loop.iterate()
-            with torch.cuda.graph(self._look, pool=self._iteration.pool()):
-                self._looked: tuple[Tensor, Tensor] = loop.look()
-
-    def iterate(self) -> tuple[Tensor, Tensor]:
-        self._iteration.replay()
-        return self._iterated
-
-    def look(self) -> tuple[Tensor, Tensor]:
-        self._look.replay()
-        return self._looked
+        capture = Capture(images.device)
+        # What is allocated, chosen and compiled at first use has to be before the capture.
+        capture.warm_up(lambda: (loop.begin(images.clone(), goal), loop.iterate(), loop.iterate(), loop.look()))
+        assert loop.classes is not None
+        self.clean, self.adversarial, self.goal = loop.clean, loop.adversarial, loop.classes
+        self.classes = int(loop.look()[0].shape[1])
+        self.iterate, self.look = capture(loop.iterate), capture(loop.look)
 
     def load(self, images: Tensor, goal: Goal) -> None:
         """Put these images, and what they are driven to, where the graphs read them."""
-        assert self._goal is not None
-        classes, count = goal(self._count_of_classes), len(images)
-        for buffer, values in ((self._clean, images), (self.adversarial, images), (self._goal, classes)):
+        count = len(images)
+        for buffer, values in ((self.clean, images), (self.adversarial, images), (self.goal, goal(self.classes))):
             buffer[:count].copy_(values)
             if count < self.room:
                 buffer[count:] = values[:1]
+
+
+class Capture:
+    """Makes CUDA graphs that share their memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    def warm_up(self, run: Callable[[], object]) -> None:
+        """Run on a stream of its own, as captures are."""
+        with torch.cuda.device(self._device):
+            here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                run()
+            here.wait_stream(side)
+
+    def __call__(self, run: Callable[[], _Outputs]) -> Callable[[], _Outputs]:
+        """A function that does again what `run` does, to the same memory, and gives the same outputs."""
+        with torch.cuda.device(self._device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                outputs = run()
+            self._pool = graph.pool()
+
+        def replay() -> _Outputs:
+            graph.replay()
+            return outputs
+
+        return replay
 
 
 def runner(engine: Engine, model: nn.Module, step: Step) -> Eager | Graph:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -120,14 +121,21 @@ class Prepared(nn.Module):
     def refresh(self) -> None:
         """Take over what the model's weights and statistics are now.
 
-        Everything is rewritten in place, so that a captured graph stays valid.
+        Everything is rewritten in place, so that a captured graph stays valid; where the model itself was given other
+        tensors than it had, captured graphs are dropped.
         """
+        before = self._addresses()
         for module in self.network.modules():
             if hasattr(module, "refresh"):
                 module.refresh()  # type: ignore[operator]
         refresh_constants(self._constants)
+        if self._addresses() != before:
+            self.captured.pop("graph", None)
         for exact in self._exact:
             exact.refresh()
+
+    def _addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in chain(self.network.parameters(), self.network.buffers())]
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:

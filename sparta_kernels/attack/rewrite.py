@@ -147,7 +147,7 @@ class _Rewriter:
         tensors = [arg and self.named.get(str(getattr(arg, "target", ""))) for arg in (mean, variance, weight, bias)]
         if training or mean is None or not all(value is None or isinstance(value, Tensor) for value in tensors):
             return None, None
-        return str(getattr(mean, "target", "")).rpartition(".")[0], Statistics(*tensors, eps)  # type: ignore[call-arg]
+        return str(getattr(mean, "target", "")).rpartition(".")[0], Statistics(*tensors, eps)  # type: ignore[arg-type, call-arg]
 
     def _name(self, wanted: str, key: object) -> str:
         """A name for what is made of `key`: the same one for the same key."""
