@@ -39,6 +39,7 @@ BATCH = 512
 # Of the native kernels: those of whole vectors. The others read one element at a time, whatever the shape.
 _WHOLE = "16-byte vectors"
 _SINGLE = "single elements"
+ONE, TWO = " of one", " of two"  # relu: of one tensor, or of the sum of two
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ class Kernel:
             **{key: getattr(self.code, key) for key in ("arch", "registers", "shared", "stack", "local", "spills")},
             "instructions": len(self.code.instructions),
         }
-        if self.name.startswith("gate") and self.case != _SINGLE and "finish" not in self.name:
-            traffic = self.code.traffic(DTYPES[self.dtype].itemsize)
+        if self.name.startswith(("gate", "relu")) and _SINGLE not in self.case and "finish" not in self.name:
+            # The native relu's one loop is for what is left over: a thread has its vectors outside.
+            part = self.code.straight if self.name.startswith("relu") else self.code.main_loop
+            traffic = self.code.traffic(DTYPES[self.dtype].itemsize, part)
             facts["main_loop"] = {
                 "elements_per_thread": traffic.elements,
                 "bytes_loaded_per_element": traffic.loaded,
@@ -79,8 +82,11 @@ def native_kernels(archs: Sequence[int]) -> Iterator[Kernel]:
         if found is None or code.arch not in archs:
             continue
         of_what = {"correlate": "conv_", "grad_tap": "conv_", "step": "pgd_", "start": "pgd_"}.get(found[1], "gate_")
+        of_what = "" if found[1].startswith("relu") else of_what
         dtype, *vector = (part.strip() for part in found[2].split(","))
         case = (_SINGLE if vector[0] == "1" else _WHOLE) if vector else ""
+        if found[1].startswith("relu"):
+            case += TWO if vector[1] == "true" else ONE
         yield Kernel("native", of_what + found[1], _C_TYPES[dtype], case, code)
 
 
@@ -128,6 +134,14 @@ def triton_launches() -> Iterator[tuple[str, str, str, Any]]:
                     triton.plan_gate_backward(x, x, *small, 1, [True] * 4),
                 ):
                     yield from ((launch.kernel.__name__, dtype_name, case, launch) for launch in launches)
+        x = empty(BATCH, *SITES[0], dtype=dtype)
+        bits = empty(x.numel() // 8, dtype=torch.uint8)
+        for number, other in {ONE: None, TWO: x}.items():
+            for launches in (
+                triton.plan_relu_forward(x, other, x, True)[0],
+                triton.plan_relu_backward(x, other, bits, x.stride())[0],
+            ):
+                yield from ((launch.kernel.__name__, dtype_name, f"64x32x32{number}", launch) for launch in launches)
         images, indices = empty(BATCH, 3, 32, 32, dtype=dtype), empty(BATCH, dtype=torch.int64)
         spatial, kernel = empty(BATCH, 1, 32, 32, dtype=dtype), empty(BATCH, 3, 3, dtype=dtype)
         for case, launches in {

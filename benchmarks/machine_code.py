@@ -59,29 +59,40 @@ class Code:
         return sum(i.opcode.split(".")[0] in ("LDL", "STL") for i in self.instructions)
 
     @cached_property
-    def main_loop(self) -> list[Instruction]:
-        """The innermost loop that moves most global memory; all of the kernel where no loop stores any."""
+    def _storing_loops(self) -> list[list[Instruction]]:
+        """The innermost loops that store to global memory."""
         loops = [
             [j for j in self.instructions if i.target <= j.address <= i.address]
             for i in self.instructions
             if i.target is not None and i.target < i.address
         ]
         storing = [loop for loop in loops if any(i.opcode.startswith("STG") for i in loop)]
-        innermost = [loop for loop in storing if not any(_inside(other, loop) for other in storing)]
-        return max(innermost, key=lambda loop: sum(i.global_bytes for i in loop), default=self.instructions)
+        return [loop for loop in storing if not any(_inside(other, loop) for other in storing)]
 
-    def traffic(self, itemsize: int) -> Traffic:
-        """Counted in the main loop, whose 16-byte accesses are taken to be those of x, gy, gx and y."""
-        wide = [i for i in self.main_loop if i.global_bytes == 16]
+    @cached_property
+    def main_loop(self) -> list[Instruction]:
+        """The innermost loop that moves most global memory; all of the kernel where no loop stores any."""
+        return max(self._storing_loops, key=lambda loop: sum(i.global_bytes for i in loop), default=self.instructions)
+
+    @property
+    def straight(self) -> list[Instruction]:
+        """What is in none of those loops."""
+        in_loops = {i.address for loop in self._storing_loops for i in loop}
+        return [i for i in self.instructions if i.address not in in_loops]
+
+    def traffic(self, itemsize: int, part: list[Instruction] | None = None) -> Traffic:
+        """Counted in a part, by default the main loop; its 16-byte accesses are taken to be those of the images."""
+        part = self.main_loop if part is None else part
+        wide = [i for i in part if i.global_bytes == 16]
         elements = sum(16 for i in wide if i.opcode.startswith("STG")) / itemsize
         loaded = sum(16 for i in wide if i.opcode.startswith("LDG"))
-        narrow = sum(i.global_bytes for i in self.main_loop if i.global_bytes < 16)
+        narrow = sum(i.global_bytes for i in part if i.global_bytes < 16)
         return Traffic(
             elements,
             loaded / elements if elements else float("nan"),
             float(itemsize),
             narrow / elements if elements else float("nan"),
-            len(self.main_loop) / elements if elements else float("nan"),
+            len(part) / elements if elements else float("nan"),
         )
 
 

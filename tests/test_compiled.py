@@ -21,8 +21,19 @@ OPERATIONS = {
         "conv_grad_tap",
         "pgd_step",
         "pgd_start",
+        "relu_forward",
+        "relu_backward",
     },
-    "triton": {"gate_forward", "gate_backward", "conv_correlate", "conv_grad_kernel", "pgd_step", "pgd_start"},
+    "triton": {
+        "gate_forward",
+        "gate_backward",
+        "conv_correlate",
+        "conv_grad_kernel",
+        "pgd_step",
+        "pgd_start",
+        "relu_forward",
+        "relu_backward",
+    },
 }
 DTYPES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -66,7 +77,7 @@ def test_the_gate_moves_what_it_must(kernels):
     counted = 0
     for kernel in kernels:
         loop, size = kernel.get("main_loop"), DTYPES[kernel["dtype"]]
-        if loop is None:
+        if loop is None or not kernel["name"].startswith("gate"):
             continue
         counted += 1
         must = size if kernel["name"] == "gate_forward" else 2 * size
@@ -74,6 +85,21 @@ def test_the_gate_moves_what_it_must(kernels):
         assert must <= loop["bytes_loaded_per_element"] <= 2 * must, kernel
         assert loop["elements_per_thread"] >= 16 // size, kernel
     assert counted >= len(ARCHS) * len(DTYPES) * 2
+
+
+def test_relu_moves_what_it_must(kernels):
+    """16 bytes at a time: one tensor or two, and the result; and not much more than the bits' eighth of a byte."""
+    counted = 0
+    for kernel in kernels:
+        loop, size = kernel.get("main_loop"), DTYPES[kernel["dtype"]]
+        if loop is None or not kernel["name"].startswith("relu"):
+            continue
+        counted += 1
+        assert loop["bytes_stored_per_element"] == size, kernel
+        assert loop["bytes_loaded_per_element"] == size * (2 if kernel["case"].endswith("two") else 1), kernel
+        assert loop["elements_per_thread"] >= 8, kernel
+        assert loop["narrow_bytes_per_element"] <= 0.5, kernel
+    assert counted == len(ARCHS) * len(DTYPES) * 4
 
 
 def test_wrong_arguments(tmp_path):

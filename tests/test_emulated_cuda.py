@@ -284,8 +284,17 @@ def attack() -> list[Tensor]:
     return [adv.clone(), pgd_step_(adv, clean - 0.5, clean, 0.01, 0.1, backend="native")]
 
 
-OPERATIONS: list[Callable[[], list[Tensor]]] = [*(lambda case=case: gate(case) for case in GATES), convolution, attack]
-EACH = pytest.mark.parametrize("operation", OPERATIONS, ids=[*(str(c.shape) for c in GATES), "convolution", "attack"])
+def relu() -> list[Tensor]:
+    a, b = (torch.randn(2, 5, 17, 19, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    raw = torch.ops.sparta_kernels
+    y, bits = raw._relu_forward(a, b, True, "native")
+    return [y, raw._relu_backward(a, b, bits, y.stride(), "native"), bits.float()]
+
+
+OPERATIONS: list[Callable[[], list[Tensor]]] = [*(lambda case=case: gate(case) for case in GATES)]
+OPERATIONS += [convolution, attack, relu]
+NAMES = [*(str(c.shape) for c in GATES), "convolution", "attack", "relu"]
+EACH = pytest.mark.parametrize("operation", OPERATIONS, ids=NAMES)
 
 
 @EACH
@@ -314,7 +323,7 @@ def test_results_do_not_depend_on_the_device(cuda, operation):
 def test_a_launch_that_fails_raises_and_leaves_no_error_behind(cuda, operation):
     count = cuda.last_launch().number
     cuda.fail_next_launch(emulator.OUT_OF_RESOURCES)
-    with pytest.raises(RuntimeError, match=r"^(gate|conv|pgd)_\w+: .*too many resources requested for launch"):
+    with pytest.raises(RuntimeError, match=r"^(gate|conv|pgd|relu)_\w+: .*too many resources requested for launch"):
         operation()
     assert cuda.last_launch().number == count
     operation()

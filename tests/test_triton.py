@@ -201,6 +201,14 @@ def launches_of_every_kind():
         step = triton.plan_pgd_step(images, images, images, 1.0, 0.5, 0.0, 1.0)
         start = triton.plan_pgd_start(images, images, indices, 0.5, 1, 0, 0.0, 1.0)
         yield from ((f"pgd {shape}", entry) for entry in step + start)
+        bits = torch.empty(-(-images.numel() // 8), dtype=torch.uint8, device="meta")
+        for other in (None, images):
+            launches = [
+                *triton.plan_relu_forward(images, other, images, True)[0],
+                *triton.plan_relu_forward(images, other, empty(*shape, dtype=images.dtype), False)[0],
+                *triton.plan_relu_backward(images, other, bits, images.stride())[0],
+            ]
+            yield from ((f"relu {shape}", entry) for entry in launches)
 
 
 def test_every_branch_compiles():
@@ -212,7 +220,7 @@ def test_every_branch_compiles():
     kernels = {line.split()[-1] for line in done.stdout.splitlines()}
     assert "fused" in kernels, "contraction is never seen, so that its absence says nothing"
     names = ("gate_forward", "gate_backward", "gate_finish", "conv_correlate", "conv_grad_kernel", "conv_finish")
-    for name in (*names, "pgd_step", "pgd_start"):
+    for name in (*names, "pgd_step", "pgd_start", "relu_forward", "relu_backward"):
         assert f" {name} " in done.stdout, name
 
 

@@ -21,24 +21,50 @@ SPARTA_DEVICE int64_t first_of_tile() {
   return (int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp) * kTile;
 }
 
-// Not through read_once: what is written over is not for its cache.
-template <class T, int count, class Acc>
-SPARTA_DEVICE void load_all(const T* from, Acc (&values)[count]) {
-  widen_all(*reinterpret_cast<const Pack<T, count>*>(from), values);
+// Whole vectors by instructions of their own: left to itself, the compiler makes four of some of them. And not through
+// read_once: what is written over is not for its cache.
+template <class T, int count>
+SPARTA_DEVICE Pack<T, count> read(const T* from) {
+  Pack<T, count> pack;
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof pack == 16)
+    asm("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(pack.words[0]), "=r"(pack.words[1]), "=r"(pack.words[2]), "=r"(pack.words[3])
+        : "l"(from));
+  else
+#endif
+    pack = *reinterpret_cast<const Pack<T, count>*>(from);
+  return pack;
 }
 
-// The values of a and b, and whose gradients pass.
 template <class T, int count>
-SPARTA_DEVICE unsigned forward_pack(const T* a, const T* b, T* y) {
-  using Acc = typename Accumulator<T>::type;
-  Acc sum[count];
-  load_all<T, count>(a, sum);
-  if (b != nullptr) {
+SPARTA_DEVICE void write(T* to, const Pack<T, count>& pack) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof pack == 16)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(pack.words[0]), "r"(pack.words[1]),
+                 "r"(pack.words[2]), "r"(pack.words[3])
+                 : "memory");
+  else
+#endif
+    store(to, pack);
+}
+
+template <bool two, class T, int count, class Acc>
+SPARTA_DEVICE void add(const Pack<T, count>& first, const Pack<T, count>& second, Acc (&sum)[count]) {
+  widen_all(first, sum);
+  if constexpr (two) {
     Acc other[count];
-    load_all<T, count>(b, other);
+    widen_all(second, other);
 #pragma unroll
     for (int i = 0; i < count; ++i) sum[i] += other[i];
   }
+}
+
+// Writes y, and gives the bits.
+template <bool two, class T, int count>
+SPARTA_DEVICE unsigned rectify(const Pack<T, count>& a, const Pack<T, count>& b, T* y) {
+  typename Accumulator<T>::type sum[count];
+  add<two>(a, b, sum);
   // A sum of two 16-bit numbers that is positive, and computed in float32, does not become 0 when it is rounded.
   unsigned bits = 0;
 #pragma unroll
@@ -46,27 +72,21 @@ SPARTA_DEVICE unsigned forward_pack(const T* a, const T* b, T* y) {
     bits |= passing(sum[i]) << i;
     sum[i] = relu(sum[i]);
   }
-  store(y, narrow_all<T>(sum));
+  write(y, narrow_all<T>(sum));
   return bits;
 }
 
-template <class T, int count>
-SPARTA_DEVICE void backward_pack(const T* grad, const T* grad2, unsigned bits, T* gx) {
+template <bool two, class T, int count>
+SPARTA_DEVICE void mask(const Pack<T, count>& grad, const Pack<T, count>& grad2, unsigned bits, T* gx) {
   using Acc = typename Accumulator<T>::type;
   Acc sum[count];
-  widen_all(read_once<T, count>(grad), sum);
-  if (grad2 != nullptr) {
-    Acc other[count];
-    widen_all(read_once<T, count>(grad2), other);
-#pragma unroll
-    for (int i = 0; i < count; ++i) sum[i] += other[i];
-  }
+  add<two>(grad, grad2, sum);
 #pragma unroll
   for (int i = 0; i < count; ++i) sum[i] = bits >> i & 1 ? sum[i] : Acc{};
-  store(gx, narrow_all<T>(sum));
+  write(gx, narrow_all<T>(sum));
 }
 
-template <class T, int count>
+template <class T, int count, bool two>
 __global__ void __launch_bounds__(kThreads)
     relu_forward_kernel(const T* a, const T* b, T* y, uint8_t* bits, int64_t elements) {
   const int64_t first = first_of_tile();
@@ -75,12 +95,17 @@ __global__ void __launch_bounds__(kThreads)
   unsigned own = 0;  // bits of the elements 8 * lane and the seven behind
   if (count > 1 && first + kTile <= elements) {
     constexpr int vectors = 8 / count;  // of a lane; as many lanes have the bits of one byte
-    unsigned packed = 0;
+    Pack<T, count> a_packs[vectors], b_packs[vectors];
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = first + (v * kWarp + lane) * count;
-      packed |= forward_pack<T, count>(a + at, b == nullptr ? nullptr : b + at, y + at) << (v * count);
+      a_packs[v] = read<T, count>(a + at);
+      if constexpr (two) b_packs[v] = read<T, count>(b + at);
     }
+    unsigned packed = 0;
+#pragma unroll
+    for (int v = 0; v < vectors; ++v)
+      packed |= rectify<two>(a_packs[v], b_packs[v], y + first + (v * kWarp + lane) * count) << (v * count);
     if constexpr (vectors == 1) {
       own = packed;
     } else if (bits != nullptr) {
@@ -92,49 +117,60 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   } else {
-    for (int i = 0; i < 8; ++i) {
-      const int64_t at = first + 8 * lane + i;
-      if (at < elements) own |= forward_pack<T, 1>(a + at, b == nullptr ? nullptr : b + at, y + at) << i;
+    const int64_t at = first + 8 * lane;
+#pragma unroll 1
+    for (int i = 0; i < 8 && at + i < elements; ++i) {
+      Pack<T, 1> b_pack{};
+      if constexpr (two) b_pack = read<T, 1>(b + at + i);
+      own |= rectify<two>(read<T, 1>(a + at + i), b_pack, y + at + i) << i;
     }
   }
   if (bits != nullptr && first + 8 * lane < elements) bits[first / 8 + lane] = static_cast<uint8_t>(own);
 }
 
-template <class T, int count>
+template <class T, int count, bool two>
 __global__ void __launch_bounds__(kThreads)
     relu_backward_kernel(const T* grad, const T* grad2, const uint8_t* bits, T* gx, int64_t elements) {
   const int64_t first = first_of_tile();
   if (first >= elements) return;
   const int lane = threadIdx.x % kWarp;
   if (count > 1 && first + kTile <= elements) {
+    constexpr int vectors = 8 / count;
+    Pack<T, count> packs[vectors], packs2[vectors];
+    unsigned theirs[vectors];
 #pragma unroll
-    for (int v = 0; v < 8 / count; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       const int64_t at = first + (v * kWarp + lane) * count;
-      const unsigned theirs = unsigned{bits[at / 8]} >> (at % 8);
-      backward_pack<T, count>(grad + at, grad2 == nullptr ? nullptr : grad2 + at, theirs, gx + at);
+      packs[v] = read_once<T, count>(grad + at);
+      if constexpr (two) packs2[v] = read_once<T, count>(grad2 + at);
+      theirs[v] = unsigned{bits[at / 8]} >> (at % 8);
     }
+#pragma unroll
+    for (int v = 0; v < vectors; ++v)
+      mask<two>(packs[v], packs2[v], theirs[v], gx + first + (v * kWarp + lane) * count);
   } else {
-    for (int i = 0; i < 8; ++i) {
-      const int64_t at = first + 8 * lane + i;
-      if (at >= elements) break;
-      const unsigned theirs = unsigned{bits[at / 8]} >> i;
-      backward_pack<T, 1>(grad + at, grad2 == nullptr ? nullptr : grad2 + at, theirs, gx + at);
+    const int64_t at = first + 8 * lane;
+#pragma unroll 1
+    for (int i = 0; i < 8 && at + i < elements; ++i) {
+      Pack<T, 1> pack2{};
+      if constexpr (two) pack2 = read_once<T, 1>(grad2 + at + i);
+      mask<two>(read_once<T, 1>(grad + at + i), pack2, unsigned{bits[at / 8]} >> i, gx + at + i);
     }
   }
 }
 
 int64_t blocks(int64_t elements) { return ceil_div(elements, kTile * (kThreads / kWarp)); }
 
-template <class T, int count>
+template <class T, int count, bool two>
 void forward(const ReluForward& args) {
-  launch("relu_forward", args.place, blocks(args.elements), kThreads, relu_forward_kernel<T, count>,
+  launch("relu_forward", args.place, blocks(args.elements), kThreads, relu_forward_kernel<T, count, two>,
          static_cast<const T*>(args.a), static_cast<const T*>(args.b), static_cast<T*>(args.y), args.bits,
          args.elements);
 }
 
-template <class T, int count>
+template <class T, int count, bool two>
 void backward(const ReluBackward& args) {
-  launch("relu_backward", args.place, blocks(args.elements), kThreads, relu_backward_kernel<T, count>,
+  launch("relu_backward", args.place, blocks(args.elements), kThreads, relu_backward_kernel<T, count, two>,
          static_cast<const T*>(args.grad), static_cast<const T*>(args.grad2), args.bits, static_cast<T*>(args.gx),
          args.elements);
 }
@@ -144,17 +180,20 @@ void backward(const ReluBackward& args) {
 void relu_forward(const ReluForward& args) {
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
-    if ((address(args.a) | address(args.b) | address(args.y)) % 16 == 0) return forward<T, kVector<T>>(args);
-    return forward<T, 1>(args);
+    constexpr int vector = kVector<T>;
+    const bool aligned = (address(args.a) | address(args.b) | address(args.y)) % 16 == 0;
+    if (args.b == nullptr) return aligned ? forward<T, vector, false>(args) : forward<T, 1, false>(args);
+    return aligned ? forward<T, vector, true>(args) : forward<T, 1, true>(args);
   });
 }
 
 void relu_backward(const ReluBackward& args) {
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
-    if ((address(args.grad) | address(args.grad2) | address(args.gx)) % 16 == 0)
-      return backward<T, kVector<T>>(args);
-    return backward<T, 1>(args);
+    constexpr int vector = kVector<T>;
+    const bool aligned = (address(args.grad) | address(args.grad2) | address(args.gx)) % 16 == 0;
+    if (args.grad2 == nullptr) return aligned ? backward<T, vector, false>(args) : backward<T, 1, false>(args);
+    return aligned ? backward<T, vector, true>(args) : backward<T, 1, true>(args);
   });
 }
 
