@@ -82,7 +82,7 @@ def pgd(
     """
     where = "pgd"
     reported = checks.iterates(where, report_at, checks.integer(where, "steps", steps, low=1))
-    checks.integer(where, "restarts", restarts, low=1)
+    checks.integer(where, "restarts", restarts, low=1, high=2**24)
     checks.integer(where, "restart", restart, low=0, high=2**24 - restarts)
     checks.callback(where, "progress", progress)
     attack = Trajectory(
