@@ -132,7 +132,8 @@ def evaluate(
         for run in runs:
             used = backends.choose(place, run.backend).backend
             label = used if used == run.backend else f"{run.backend} ({used})"
-            with _Display(f"{run.model}, {label}") as display, _ending(run, display, len(images)):
+            display = _Display(f"{run.model}, {label}")
+            with _ending(run, display, len(images)), display:
                 found = evaluation.evaluate(
                     models[run.checkpoint],
                     images,
@@ -239,9 +240,13 @@ def _ending(run: _Run, display: _Display, count: int) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        display.stop()
+        started = launch.here()
+        if started.rank > 0:
+            raise typer.Exit(options.INTERRUPTED) from None
         kept = "nothing was written"
-        if run.outcomes is not None and run.outcomes.exists():
+        if run.outcomes is not None and started.count > 1:
+            kept = f"what was stored is in {run.outcomes} and beside it; go on with --resume"
+        elif run.outcomes is not None and run.outcomes.exists():
             kept = f"{display.images} of {count} images of {run.model} are in {run.outcomes}; go on with --resume"
         options.end(f"interrupted; {kept}", options.INTERRUPTED)
     except evaluation.OutcomesError as error:
@@ -276,10 +281,6 @@ class _Display:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Leave the terminal to others."""
         self._bars.stop()
 
     def show(self, progress: evaluation.Progress) -> None:
