@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from ..ops import dynamic_conv, sparta_gate
 from ..ops.relu import add_relu, add_relu_fork
@@ -13,6 +15,20 @@ from .frozen import Form, freeze
 
 if TYPE_CHECKING:
     from .sparta import Sparta
+
+
+class _PixelMean(Function):
+    """The mean over pixels. torch's own writes out the gradient of every pixel, though all are the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.mean((2, 3), keepdim=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (grad / (ctx.shape[2] * ctx.shape[3])).expand(ctx.shape)
 
 
 class FrozenSparta(nn.Module):
@@ -50,14 +66,14 @@ class FrozenSparta(nn.Module):
             x = x.add_(skip) if skip.dtype == x.dtype and skip.shape == x.shape else x + skip
         h1 = add_relu(self.conv1(x), inplace=True)
         if self.kernel_size == 1:
-            channel = self.conv2(h1.mean((2, 3), keepdim=True)).flatten(1)
+            channel = self.conv2(_PixelMean.apply(h1)).flatten(1)
         else:
-            channel = self.conv2(h1).mean((2, 3))
+            channel = _PixelMean.apply(self.conv2(h1)).flatten(1)
 
         if self.dynamic:
             h3, h3_again = add_relu_fork(self.conv3(x), inplace=True)
             h6 = add_relu(self.conv6(h3_again), inplace=True)
-            kernel = self.predict(h6.mean((2, 3)))
+            kernel = self.predict(_PixelMean.apply(h6).flatten(1))
         else:
             h3 = add_relu(self.conv3(x), inplace=True)
             kernel = self.conv5.flatten().expand(x.shape[0], -1)
