@@ -36,12 +36,12 @@ def settle(model):
     return model.eval()
 
 
-def outputs(model, images, weights=None):
+def outputs(model, images):
     """The logits, and the images' gradient of a weighted sum of them."""
     leaf = images.clone().requires_grad_()
     logits = model(leaf)
     generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits.dtype)
+    weights = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)
     (gradient,) = torch.autograd.grad((logits * weights).sum(), leaf)
     return logits.detach(), gradient
 
@@ -386,7 +386,8 @@ def step(model):
     """An optimiser step, as training makes it: weights and statistics change in place."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    F.cross_entropy(model(images_of(32, count=8)), torch.arange(8) % 4).backward()
+    device = next(model.parameters()).device
+    F.cross_entropy(model(images_of(32, count=8).to(device)), torch.arange(8, device=device) % 4).backward()
     optimizer.step()
     model.eval()
 
