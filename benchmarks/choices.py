@@ -31,6 +31,8 @@ _OPERATIONS = {  # the names of ops.py, and those of the table
     ("dynamic_conv", "backward"): "conv_backward",
     ("pgd_step", "call"): "pgd_step",
     ("pgd_start", "call"): "pgd_start",
+    ("add_relu", "forward"): "relu_forward",
+    ("add_relu", "backward"): "relu_backward",
 }
 _LAYOUTS = {"nchw": "planar", "channels_last": "channels_last"}
 

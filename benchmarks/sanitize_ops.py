@@ -76,6 +76,7 @@ def _results(module: Any, device: torch.device, dtype: torch.dtype, some: slice)
     for image in IMAGES[some]:
         for layout in (torch.contiguous_format, torch.channels_last):
             yield from _attack(module, device, dtype, image, layout)
+            yield from _relu(module, device, dtype, image, layout)
 
 
 def _gate(
@@ -132,6 +133,24 @@ def _attack(
     yield f"pgd_start {shape} {layout}", adv.cpu(), started
     module.pgd_step(adv, grad.to(device), there, -STEP, EPS, 0.0, 1.0)
     yield f"pgd_step {shape} {layout}", adv, reference.pgd_step(started, grad, clean, STEP, EPS)
+
+
+def _relu(
+    module: Any, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format
+) -> Iterator[Result]:
+    shifted = layout == torch.channels_last
+    tensors = [torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(4)]
+    a, b, grad, grad2 = tensors
+    there, other, *grads = (_put(tensor, device, shifted) for tensor in tensors)
+    for title, second, incoming in ((f"relu {shape} {layout}", None, None), (f"add_relu {shape} {layout}", b, grad2)):
+        y, bits = module.relu_forward(there, None if second is None else other, True)
+        right = reference.add_relu(a, second)
+        yield f"{title} forward", y, right
+        gradient = module.relu_backward(grads[0], None if incoming is None else grads[1], bits, y.stride())
+        total = grad if incoming is None else grad + incoming
+        yield f"{title} gradient", gradient, torch.where(right <= 0, torch.zeros_like(total), total)
+    module.relu_forward_(there, other, False)
+    yield f"add_relu_ {shape} {layout}", there, reference.add_relu(a, b)
 
 
 def _put(tensor: Tensor, device: torch.device, shifted: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""The other operations to be measured: dynamic_conv, pgd_step_ and pgd_start_, as `gates.py` has the gate."""
+"""The other operations to be measured: dynamic_conv, pgd_step_, pgd_start_ and add_relu, as `gates.py` has the gate."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from gates import make_inputs as make_gates
 from torch import Tensor
 
 from sparta_kernels import backends, dynamic_conv, pgd_start_, pgd_step_, reference
+from sparta_kernels.ops import add_relu
 
 EPS, STEP = 16 / 255, 1 / 255
 _SEED = 7
@@ -183,6 +184,59 @@ def _check_images(name: str, candidate: InPlace | Copy, inputs: Inputs, referenc
         raise WrongResult(f"{inputs.case}: {name} computes other images than the reference: {wrong} elements differ")
 
 
+# ---- add_relu ----------------------------------------------------------------------------------------------
+
+
+def make_sums(case: Case, count: int, device: str = "cpu") -> Inputs:
+    """Sets of a and b."""
+    return repeat(case, count, device, lambda images, random: (images(*case.shape), images(*case.shape)))
+
+
+class ReluKernel:
+    """relu(a + b) as the functions of a backend give it to the operation."""
+
+    def __init__(self, backend: str) -> None:
+        self.module = backends.module(backend)
+
+    def forward(self, inputs: Inputs) -> Call:
+        leaves = [tuple(tensor.detach() for tensor in leaf) for leaf in inputs.leaves]
+        return lambda index: self.module.relu_forward(*leaves[index], True)[0]
+
+    def backward(self, inputs: Inputs) -> Call:
+        leaves = [tuple(tensor.detach() for tensor in leaf) for leaf in inputs.leaves]
+        kept = [self.module.relu_forward(*leaf, True)[1] for leaf in leaves]
+        stride = leaves[0][0].stride()
+
+        def call(index: int) -> tuple[Tensor, Tensor]:
+            gradient = self.module.relu_backward(inputs.grads[index], None, kept[index], stride)
+            return gradient, gradient
+
+        return call
+
+
+def make_relu(name: str) -> Candidate:
+    """relu(a + b) by the candidate of this name."""
+    if name == "copy":
+        return Copy()
+    if name in KERNELS:
+        return ReluKernel(KERNELS[name])
+    return Autograd((lambda a, b: F.relu(a + b)) if name == "eager" else partial(add_relu, backend=name))
+
+
+def check_relu(name: str, candidate: Candidate, inputs: Inputs) -> None:
+    """Compare with the reference, bit for bit; raises WrongResult."""
+    if isinstance(candidate, Copy):
+        return
+    first = inputs.first()
+    got = (candidate.forward(first)(0), *candidate.backward(first)(0))
+    leaves = [leaf.detach().requires_grad_() for leaf in first.leaves[0]]
+    y = reference.add_relu(*leaves)
+    expected = (y, *torch.autograd.grad(y, leaves, first.grads[0]))
+    for what, value, wanted in zip(("y", "ga", "gb"), got, expected, strict=True):
+        if not torch.equal(value, wanted):
+            raise WrongResult(f"{inputs.case}: {name} computes a wrong {what}")
+
+
 # ---- all of them -------------------------------------------------------------------------------------------
 
 
@@ -205,6 +259,7 @@ OPERATIONS = {
     "dynamic_conv": Operation(make_convs, make_conv, check_conv, _ALL[:6], ((1, 32, 32),), ("fp32", "bf16"), ("nchw",)),
     "pgd_step": Operation(make_steps, make_step, check_step, _ALL[:6], ((3, 32, 32),), ("fp32",), ("nchw",)),
     "pgd_start": Operation(make_starts, make_start, check_start, _ALL[:5], ((3, 32, 32),), ("fp32",), ("nchw",)),
+    "add_relu": Operation(make_sums, make_relu, check_relu, _ALL[:6], ((64, 32, 32),), ("fp32", "bf16"), ("nchw",)),
 }
 
 

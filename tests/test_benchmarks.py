@@ -285,11 +285,11 @@ def test_a_broken_candidate_is_left_out(ops, gates, tmp_path, monkeypatch, capsy
 
 def test_every_operation(ops, tmp_path, capsys):
     path = tmp_path / "out.json"
-    operations = ["gate", "dynamic_conv", "pgd_step", "pgd_start"]
+    operations = ["gate", "dynamic_conv", "pgd_step", "pgd_start", "add_relu"]
     assert run(ops, path, "--operation", *operations, "--layout", "nchw") == 0
     document = json.loads(path.read_text())
     cells = [(c["operation"], tuple(c["shape"]), c["dtype"], c["direction"]) for c in document["results"]]
-    assert len(set(cells)) == len(cells) == (4 + 4) * 2 + 2 + 2
+    assert len(set(cells)) == len(cells) == (4 + 4) * 2 + 2 + 2 + 8
     assert ("dynamic_conv", (3, 1, 5, 1), "bf16", "backward") in cells
     found = {c["operation"]: c for c in document["results"] if c["shape"] == [2, 4, 4, 4]}
     assert list(found["pgd_step"]["candidates"]) == ["copy", "native", "kernel", "eager"]
@@ -297,12 +297,14 @@ def test_every_operation(ops, tmp_path, capsys):
     size = 2 * 4 * 4 * 4 * 4
     assert found["pgd_step"]["floor_bytes"] == 4 * size  # adv, grad and clean read, adv written
     assert found["pgd_start"]["floor_bytes"] == 2 * size
+    assert found["add_relu"]["floor_bytes"] == size  # the last: backward, gy read and gx written, in bf16
+    assert list(found["add_relu"]["candidates"]) == ["copy", "native", "kernel", "eager"]
     printed = capsys.readouterr().out
-    for heading in ("Gate forward", "Dynamic_conv backward", "Pgd_step call", "Pgd_start call"):
+    for heading in ("Gate forward", "Dynamic_conv backward", "Pgd_step call", "Pgd_start call", "Add_relu forward"):
         assert heading in printed
 
 
-@pytest.mark.parametrize("operation", ["dynamic_conv", "pgd_step", "pgd_start"])
+@pytest.mark.parametrize("operation", ["dynamic_conv", "pgd_step", "pgd_start", "add_relu"])
 def test_wrong_candidates_of_the_other_operations_are_found(modules, operation):
     small = modules["small"]
     parts = small.OPERATIONS[operation]

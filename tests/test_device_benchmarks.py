@@ -251,7 +251,7 @@ def test_the_command_as_on_a_gpu(seeming_gpu, tmp_path, capsys):
     assert document["device"]["capability"] == "9.0"
     assert document["device"]["host"]["type"] == "cpu"
     cells = {(c["operation"], *c["shape"], c["layout"], c["direction"]): c for c in document["results"]}
-    assert len(cells) == len(document["results"]) == 2 * 2 * 2 + 2 * 2 + 2 + 2
+    assert len(cells) == len(document["results"]) == 2 * 2 * 2 + 2 * 2 + 2 + 2 + 2 * 2
     found = cells["gate", 2, 8, 4, 4, "nchw", "backward"]
     assert found["inputs"] == 16  # of 1 kB, to fill the ring
     assert list(found["candidates"]) == ["copy", "native", "kernel", "eager", "compile"]
@@ -275,7 +275,7 @@ def test_the_important_comes_first_and_compiling_last(seeming_gpu, modules):
     phases = [phase for phase, _, _ in plan]
     assert phases == sorted(phases, reverse=True)  # "measure", then "compile"
     measured = [case for phase, case, _ in plan if phase == "measure"]
-    assert len(measured) == len(cases) == 3 * 4 * 2 * 2 + 2 * 2 + 2 + 2
+    assert len(measured) == len(cases) == 3 * 4 * 2 * 2 + 2 * 2 + 2 + 2 + 2 * 2
     first = measured[:16]
     assert {case.shape[1:] for case in first} == {(64, 32, 32), (128, 16, 16)}
     assert [case.shape[0] for case in first] == [512] * 8 + [1024] * 8
@@ -449,12 +449,12 @@ def test_what_is_not_here_is_refused(modules, monkeypatch, capsys, name, argumen
 def test_the_sanitized_script_checks_what_it_runs(modules, monkeypatch, capsys):
     script = modules["sanitize_ops"]
     assert script.main(["--quick"]) == 0
-    assert "200 results of native on cpu checked, 0 wrong" in capsys.readouterr().out
+    assert "280 results of native on cpu checked, 0 wrong" in capsys.readouterr().out
     native = backends.module("native")
     backward = native.conv_backward
     monkeypatch.setattr(native, "conv_backward", lambda *args: tuple(g * 1.1 for g in backward(*args)))
     assert script.main(["--quick"]) == 1
     assert "sanitize_ops.py: wrong: conv (1, 1, 1, 1) gradient torch.float32" in capsys.readouterr().err
     assert script.main(["--quick", "--dtype", "float16"]) == 1
-    assert "50 results of native on cpu checked, 4 wrong" in capsys.readouterr().out
+    assert "70 results of native on cpu checked, 4 wrong" in capsys.readouterr().out
     assert "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ  # for the script's own process alone

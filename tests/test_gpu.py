@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparta_kernels import attack, backends, build_info, dynamic_conv, nn, pgd_start_, pgd_step_, reference, sparta_gate
 from sparta_kernels.backends import native
+from sparta_kernels.ops import add_relu_fork
 
 pytestmark = pytest.mark.gpu
 
@@ -169,6 +170,11 @@ def operations(backend: str) -> dict[str, tuple]:
     def gate(gy: Tensor, *inputs: Tensor) -> list[Tensor]:
         return forward_backward(list(inputs), gy, backend)
 
+    def relu(a: Tensor, b: Tensor, gradient: Tensor) -> list[Tensor]:
+        a = a.detach().requires_grad_()
+        outputs = add_relu_fork(a, b, backend=backend)
+        return [outputs[0].detach(), *torch.autograd.grad(outputs, a, (gradient, a.detach()))]
+
     inputs, gy = gate_inputs(3, (24, 8, 8))
     images = [torch.rand(3, 3, 16, 16) for _ in range(3)]
     return {
@@ -177,6 +183,7 @@ def operations(backend: str) -> dict[str, tuple]:
         "conv": (conv, [torch.randn(3, 1, 9, 9), torch.randn(3, 3, 3)]),
         "step": (step, images),
         "start": (start, [images[0], torch.arange(3)]),
+        "relu": (relu, [image - 0.5 for image in images]),
     }
 
 
@@ -184,7 +191,7 @@ def listed(result) -> list[Tensor]:
     return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
-@pytest.mark.parametrize("operation", ["gate", "gate in parts", "conv", "step", "start"])
+@pytest.mark.parametrize("operation", ["gate", "gate in parts", "conv", "step", "start", "relu"])
 def test_work_is_queued_on_the_current_stream(backend, operation):
     """The inputs are there only when that stream has come so far; any other stream would read zeros."""
     function, inputs = operations(backend)[operation]
@@ -206,7 +213,7 @@ def test_work_is_queued_on_the_current_stream(backend, operation):
         assert_same_bits(one, other, operation)
 
 
-@pytest.mark.parametrize("operation", ["gate", "gate in parts", "conv", "step", "start"])
+@pytest.mark.parametrize("operation", ["gate", "gate in parts", "conv", "step", "start", "relu"])
 def test_a_captured_graph_is_replayed_on_other_values(backend, operation):
     function, inputs = operations(backend)[operation]
     static = [t.clone() for t in inputs]
@@ -231,7 +238,7 @@ def test_a_captured_graph_is_replayed_on_other_values(backend, operation):
             assert_same_bits(got, wanted, f"{operation}, times {factor}")
 
 
-@pytest.mark.parametrize("operation", ["gate", "conv", "step", "start"])
+@pytest.mark.parametrize("operation", ["gate", "conv", "step", "start", "relu"])
 def test_the_second_device(backend, operation):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
