@@ -16,28 +16,22 @@ class _FrozenConvolution(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.geometry = x.shape, geometry
-        ctx.strides = None
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not _channels_last(weight):
-            ctx.strides = x.stride()
+        ctx.shape, ctx.stride, ctx.geometry = x.shape, x.stride(), geometry
         return torch.convolution(x, weight, bias, *geometry)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        # Of the input torch looks at shape, dtype and memory format alone when only its gradient is wanted.
-        if ctx.strides is None:
-            like = grad.new_empty(1).expand(ctx.shape)
+        # Of the input torch looks at shape, dtype and memory format alone when only its gradient is wanted. On a CPU it
+        # makes it dense first: memory that nobody has written costs nothing. On a GPU it need not be there at all.
+        if grad.device.type == "cpu":
+            like = torch.empty_strided(ctx.shape, ctx.stride, dtype=grad.dtype)
         else:
-            like = torch.empty_strided(ctx.shape, ctx.strides, dtype=grad.dtype, device=grad.device)
+            like = grad.new_empty(1).expand(ctx.shape)
         wanted = [True, False, False]
         gx, _, _ = torch.ops.aten.convolution_backward(grad, like, weight, None, *ctx.geometry, wanted)
         return gx, None, None, *(None for _ in ctx.geometry)
-
-
-def _channels_last(weight: Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def frozen_convolution(
