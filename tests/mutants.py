@@ -49,6 +49,7 @@ class Fault:
 
 
 GATE, CONV, PGD = "tests/test_gate.py", "tests/test_dynamic_conv.py", "tests/test_pgd_ops.py"
+RELU = "tests/test_relu.py"
 BACKENDS, BAD, REFERENCE = "tests/test_backends.py", "tests/test_bad_input.py", "tests/test_reference.py"
 SECOND_ORDER = f"{GATE}::test_gradgradcheck"
 OPCHECK = "tests/test_dispatch.py::test_opcheck_of_the_convolution"
@@ -120,6 +121,23 @@ FAULTS = [
         PGD,
     ),
     Fault("start-order", "csrc/cpu/pgd.cpp", "element % 4])", "3 - element % 4])", PGD),
+    # relu(a + b).
+    Fault("relu-word", "csrc/cpu/relu.cpp", "passing(sum) << place;", "passing(sum) << (place & 31);", RELU),
+    Fault("relu-tail", "csrc/cpu/relu.cpp", "bits, ceil_div(count, 8));", "bits, count / 8);", RELU),
+    Fault(
+        "relu-second-gradient",
+        f"{OPS}/relu.py",
+        "found = _raw_backward(grad, grad2,",
+        "found = _raw_backward(grad, None,",
+        RELU,
+    ),
+    Fault("relu-order", LAYOUT, "if tensor.stride() == stride:", "if tensor.numel() > 0:", RELU),
+    Fault("relu-overlap", f"{OPS}/relu.py", "0 < abs(a.data_ptr()", "1e30 < abs(a.data_ptr()", RELU),
+    Fault("cuda-relu-lanes", f"{CUDA}/relu.cu", "packed, source + i)", "packed, source)", RELU, EMULATED),
+    Fault(
+        "cuda-relu-cut", f"{CUDA}/relu.cu", "unsigned{bits[at / 8]} >> i,", "unsigned{bits[at / 8]},", RELU, EMULATED
+    ),
+    Fault("triton-relu", f"{TRITON}/relu.py", "stops = value <= 0", "stops = value < 0", RELU, INTERPRETED),
     # The CUDA kernels.
     Fault("cuda-stride", f"{CUDA}/gate.cuh", "sample * m.sample_stride", "sample * m.row_stride", GATE, EMULATED),
     Fault(
