@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from sparta_kernels import backends, machine, report
 from sparta_kernels.attack import pgd, prepare
 from sparta_kernels.evaluation import batch_size, batches, evaluate, memory
+from sparta_kernels.nn import resnet18
 
 CLASSES = 4
 SETTINGS = {"eps": 0.2, "step_size": 0.05, "steps": 3}
@@ -216,6 +218,47 @@ def test_peak_memory_is_none_where_it_cannot_be_reset(model, images, labels, mon
     found = evaluate(model, images, labels, **SETTINGS)
     assert found.peak_memory is None
     assert report.megabytes(found.peak_memory) == "n/a"
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_cudnn_is_repeatable_meanwhile(model, images, labels, error):
+    seen = []
+
+    def look(progress):
+        seen.append(torch.backends.cudnn.deterministic)
+        if error is not None:
+            raise error
+
+    with nullcontext() if error is None else pytest.raises(error):
+        evaluate(model, images, labels, **SETTINGS, progress=look)
+    assert set(seen) == {True}
+    assert not torch.backends.cudnn.deterministic
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_gpu_it_is_repeatable_and_stored_too(images, labels, tmp_path, precision):
+    torch.manual_seed(0)
+    network = resnet18(width=16, in_channels=1, num_classes=CLASSES).cuda().eval()
+    images, labels = images.cuda(), labels.cuda()
+    settings = SETTINGS | {"precision": precision, "batch_size": 4}
+    whole = evaluate(network, images, labels, **settings, outcomes=tmp_path / "whole.npz")
+    assert whole.peak_memory > 0
+    expected = evaluate(network.cpu(), images.cpu(), labels.cpu(), **SETTINGS)
+    assert whole.clean_error == expected.clean_error
+    assert whole.loss_mean == pytest.approx(expected.loss_mean, rel=0.02)
+
+    def stop(progress):
+        if progress.images:
+            raise KeyboardInterrupt
+
+    network.cuda()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(network, images, labels, **settings, outcomes=tmp_path / "found.npz", progress=stop)
+    evaluate(network, images, labels, **settings, outcomes=tmp_path / "found.npz", resume=True)
+    assert (tmp_path / "found.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    found = evaluate(network, images, labels, **SETTINGS)
+    assert found.batch == (10, "at most 1024 on a GPU")
 
 
 # ---- the batch size ----

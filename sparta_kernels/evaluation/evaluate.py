@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def evaluate(
     Every batch has equally many images: the last is filled up with copies of its first, whose results are dropped.
     Rounding depends on the shape of a batch and on the number of threads, so results are bit for bit the same only
     for equal ones; then they are, however often a run is stopped and resumed, and however many processes share it.
+    (On a GPU a network's own operations may still add up in any order; convolutions then do not.)
 
     Where torch.distributed has a process group, its processes share the batches: each must call this with the same
     arguments (but its own device), and gets the whole result.
@@ -138,7 +140,7 @@ def evaluate(
     )
 
     options = {"eps": eps, "step_size": step_size, "seed": seed, "targeted": targeted, "restarts": restarts}
-    with use_backend(backend):
+    with use_backend(backend), _repeatable():
         prepared = model if isinstance(model, Prepared) else attack.prepare(model, precision=precision)
         classes = checks.logits(where, prepared.exact(images[:1]), 1).shape[1]
         checks.within(where, "labels", labels, classes)
@@ -194,6 +196,17 @@ def evaluate(
         processes=processes.count,
         parity=result.parity(done.outcomes, tolerance),
     )
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Without the algorithms of cuDNN that add up in the order in which threads happen to come."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def _precision(where: str, model: nn.Module, value: object) -> str:
