@@ -11,7 +11,7 @@ from sparta_kernels import backends
 from sparta_kernels._version import __version__
 from sparta_kernels.backends import choices, native
 
-OPERATIONS = ("sparta_gate", "dynamic_conv", "pgd_step_", "pgd_start_", "add_relu")
+OPERATIONS = ("sparta_gate", "dynamic_conv", "pgd_step_", "pgd_start_")
 
 
 def _cuda() -> dict[str, Any]:
