@@ -110,12 +110,35 @@ class FrozenConv(_Frozen):
     """A convolution with constant weights, in 1, 2 or 3 dimensions, transposed or not; `norm` is folded into it."""
 
     def __init__(self, conv: Any, norm: Any, form: Form) -> None:
+        self._planar_weight: Tensor | None = None
         super().__init__(conv, norm, form)
         output_padding = getattr(conv, "output_padding", None) or (0,) * len(conv.stride)
         self.geometry = (conv.stride, _padding(conv), conv.dilation, conv.transposed, output_padding, conv.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_convolution(x, self.weight, self.bias, *self.geometry)
+        if not self._better_planar(x):
+            return frozen_convolution(x, self.weight, self.bias, *self.geometry)
+        if self._planar_weight is None:
+            self._planar_weight = self.weight.contiguous()
+        y = frozen_convolution(x.contiguous(), self._planar_weight, self.bias, *self.geometry)
+        return y.contiguous(memory_format=torch.channels_last)
+
+    def refresh(self) -> None:
+        super().refresh()
+        self._planar_weight = None
+
+    def _better_planar(self, x: Tensor) -> bool:
+        """Whether to leave channels_last for this convolution: on a CPU for many channels of very few pixels.
+
+        Its kernels take a row of pixels at a time. For 512 channels of 4x4 pixels the way there and back, and the
+        other kernels, take 0.64 to 0.88 of the time (oneDNN 3.x, Zen 5, batch 32 to 256); from 6x6 on, and for 256
+        channels, they take more.
+        """
+        if x.device.type != "cpu" or x.dim() != 4 or max(x.shape[2:]) > 4 or min(self.weight.shape[:2]) < 512:
+            return False
+        stride, _, _, transposed, *_ = self.geometry
+        many = self.weight.shape[2] > 1 and max(stride) == 1 and not transposed
+        return many and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {self.weight.dtype}, {'shared' if self.shared else 'own'} weights"
