@@ -1,345 +1,275 @@
-"""Measure an iteration of PGD on ResNet-18: forward, gradient of the images, step.
+"""Measure an iteration of PGD on ResNet-18: ours by every engine, a plain loop, torch.compile, and other libraries.
 
-    python benchmarks/attack.py --device cuda --json attack.json
+    python benchmarks/attack.py --batch 32 128 256 --row --breakdown --json attack.json
 
-SPARTA by every backend takes turns with ReLU. Prints a table and writes one JSON file, also where it is interrupted.
+Everybody attacks the same images, from the same start towards the same targets, in turns. Prints tables and writes one
+JSON file, after every round; `--resume` goes on from it.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
+import attack_options
+import attack_report
 import device_timing
 import timing
 import torch
-import torch.nn.functional as F
-from gates import WrongResult
-from ops_options import count, seconds
+from attack_breakdown import PARTS, breakdown
+from attack_candidates import EPS, OURS, ROW, STEP, THEIRS, Entry, Settings, WrongResult
+from attack_sides import Sides
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
 
-from sparta_kernels import attack, backends, use_backend
-from sparta_kernels.data.files import check_writable
-from sparta_kernels.evaluation.memory import PeakMemory
-from sparta_kernels.nn import resnet18
-from sparta_kernels.report import megabytes, save_json
+from sparta_kernels import keep_freed_memory
+from sparta_kernels.report import save_json
 
 FAILED = 1  # a wrong result, or a full disk
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
-EPS, STEP = 16 / 255, 1 / 255
-CLASSES = 10
-CANDIDATES = {
-    "native": "SPARTA, the compiled kernels",
-    "triton": "SPARTA, the Triton kernels",
-    "reference": "SPARTA in eager PyTorch",
-    "relu": "ReLU in SPARTA's places",
-}
-PRECISIONS = {
-    "fp32": "everything in float32 (convolutions as torch has them by default: TF32 on a GPU)",
-    "bf16": "the network in bfloat16, images and steps in float32",
-}
 TIMED = (
-    "an iteration of sparta_kernels.attack.pgd, from one call of its `progress` to the next: loss, gradient of the "
-    "images, step, forward pass. The first and the last iteration of a run are left out; a sample is the mean of the "
-    "others. On a GPU between two events in its queue"
+    "an iteration (forward, gradient of the images, step), from the beginning of one forward pass to that of the next, "
+    "for ours from one call of `progress` to the next. The first and the last of a run are left out; a sample is the "
+    "mean of the others. On a GPU between two events in its queue"
 )
-_TOLERANCES = {"fp32": 0.02, "bf16": 0.2}  # of the norm: TF32 and bfloat16 differ in the order of their sums
-_ROUNDS = 7
+MEMORY = (
+    "what one run holds beyond what was held before it: on a CPU resident memory of the process, on a GPU torch's "
+    "tensors. peak_memory is all that was held"
+)
+ALLOCATOR = "ours under keep_freed_memory; the others under glibc's defaults in a process of their own (on a CPU)"
 _FEWEST_ROUNDS = 3
-_FIRST = 15.0  # seconds that a precision is taken to need at least before one has been measured
+_WARM_UP = 0.6  # of a budget: what it does not do for is not measured
+_ROW_ROUNDS = 3
+# Of what a plain loop does to the loss: a rounded gradient, or another library's order of operations.
+_AS_GOOD = (0.8, 1.25)
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What is attacked, in one precision: the images, their labels, and a network with either activation."""
-
-    images: Tensor
-    labels: Tensor
-    networks: dict[str, nn.Module]
-
-    def network(self, candidate: str) -> nn.Module:
-        return self.networks["relu" if candidate == "relu" else "sparta"]
-
-
-class InBfloat16(nn.Module):
-    """A network that computes in bfloat16, whatever the images are in."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network.bfloat16()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images.bfloat16())
-
-
-class Clock:
-    """Marks where an attack has got to, and tells the time between two marks: of the host, or of a GPU's queue."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.marks: list[Any] = []
-
-    def mark(self, _: int) -> None:
-        if self.cuda:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def iteration(self) -> float:
-        """Seconds of an iteration, but for the first and the last."""
-        start, end = self.marks[1], self.marks[-2]
-        if self.cuda:
-            torch.cuda.synchronize()
-        whole = 1e-3 * start.elapsed_time(end) if self.cuda else end - start
-        return whole / (len(self.marks) - 3)
+class Broken(RuntimeError):
+    """Nothing on the GPU works any more."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0 done, 1 failed, 130 Ctrl-C. A bad argument exits with 2."""
     started = time.monotonic()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _options(arguments)
+    options, entries = attack_options.read(arguments)
     on_gpu = options.device == "cuda"
-    if on_gpu:
-        torch.backends.cudnn.benchmark = True  # for all candidates alike; their shapes never change
-    else:
-        timing.use_allocator("keep")
+    torch.backends.cudnn.benchmark |= on_gpu  # for all candidates alike; their shapes never change
+    settings = Settings(options.device, options.width, options.steps, options.threads)
     document: dict[str, Any] = {
         **timing.provenance("benchmarks/attack.py", arguments, device_timing.describe() if on_gpu else None),
-        "settings": {name: value for name, value in vars(options).items() if name != "json"}
-        | {"eps": EPS, "step_size": STEP, "image": [3, 32, 32], "network": "resnet18", "cudnn_benchmark": on_gpu},
-        "candidates": {name: CANDIDATES[name] for name in options.candidates},
-        "precisions": {name: PRECISIONS[name] for name in options.precision},
+        "settings": {**settings.__dict__, "eps": EPS, "step_size": STEP, "image": [3, 32, 32], "network": "resnet18"},
+        "amx": attack_report.has_amx(),
+        "candidates": {name: words for name, words in (THEIRS | OURS).items() if name in options.candidates},
         "timed": TIMED,
+        "memory": MEMORY,
+        "allocator": ALLOCATOR,
+        "parts": PARTS,
         "complete": False,
         "results": [],
+        "bars": [],
         "failed": [],
-        "not_measured": [],
+        "not_measured": list(options.missing),
+        "resumed": [],
     }
+    if options.resume:
+        _resume(options.json, document)
+    run = _Run(options, document, started)
     status = 0
     try:
-        _measure(options, document, started)
-        document["complete"] = not document["not_measured"] and not document["failed"]
+        with ExitStack() as stack:
+            document["freed_memory_kept"] = stack.enter_context(keep_freed_memory()).reason or True
+            for number, batch in enumerate(options.batch):
+                run.measure(settings, batch, entries, len(options.batch) - number)
+        document["complete"] = not document["failed"] and len(document["not_measured"]) == len(options.missing)
     except KeyboardInterrupt:
         print("attack.py: interrupted", file=sys.stderr)
         status = INTERRUPTED
+    except Broken as error:
+        document["failed"].append(str(error))
     try:
-        _save(options.json, document)
+        run.save()
     except OSError as error:
         print(f"attack.py: {error}", file=sys.stderr)
         status = FAILED
     for failure in document["failed"]:
         print(f"attack.py: {failure}", file=sys.stderr)
-    if document["results"]:
-        _print(document)
+    _print(document)
     return status or (FAILED if document["failed"] else 0)
 
 
-def _measure(options: argparse.Namespace, document: dict[str, Any], started: float) -> None:
-    end = None if options.budget is None else started + options.budget
-    needed = _FIRST
-    for number, precision in enumerate(options.precision):
+def _resume(path: str, document: dict[str, Any]) -> None:
+    """Take over what an earlier call has measured with the same settings, and where that came from."""
+    with open(path) as file:
+        earlier = json.load(file)
+    for key in ("settings", "device"):
+        ours, its = ({**found[key], "load_at_start": 0, "state": 0, "host": 0} for found in (document, earlier))
+        if ours != its:
+            raise SystemExit(f"attack.py: cannot resume {path}: it has another {key} ({its})")
+    document["results"] = earlier["results"]
+    origin = {key: earlier[key] for key in ("command", "date", "commit", "build", "environment")}
+    document["resumed"] = [*earlier["resumed"], origin]
+
+
+class _Run:
+    """A measurement under way."""
+
+    def __init__(self, options: Any, document: dict[str, Any], started: float) -> None:
+        self.options, self.document, self.started = options, document, started
+        self.end = None if options.budget is None else started + options.budget
+
+    def measure(self, settings: Settings, batch: int, entries: Sequence[Entry], left: int) -> None:
+        """All that is asked for at a batch size; `left` of them have still to be measured, this one among them."""
+        result = self._result(batch)
+        asked = {str(entry): entry for entry in entries}
+        known = {row["name"]: row for row in result["entries"]}
         begun = time.monotonic()
-        if end is not None and begun + needed > end:
-            document["not_measured"].append(f"{precision}: no time left")
-            continue
-        # What is left is shared among the precisions that are still to come.
-        until = None if end is None else begun + (end - begun) / (len(options.precision) - number)
-        try:
-            found, enough = _measure_precision(options, precision, until, document["failed"])
-            document["results"].append(found)
-            needed = enough - begun
-        except torch.OutOfMemoryError as error:
-            document["not_measured"].append(f"{precision}: {str(error).splitlines()[0]}")
-        except torch.AcceleratorError as error:
-            what = f"{precision}: {str(error).splitlines()[0]}; nothing on the GPU works any more"
-            document["failed"].append(what)
+        until = None if self.end is None else begun + (self.end - begun) / left
+        lacking = [name for name in asked if len(known.get(name, {}).get("iteration_ms", ())) < self.options.rounds]
+        rows = list(asked) if self.options.row and not result["row"] else []
+        parts = [name for name in asked if asked[name].candidate in OURS and name not in result["breakdown"]]
+        if not (lacking or rows or (parts and self.options.breakdown)):
             return
-        _save(options.json, document)
+        with Sides(settings, batch, entries) as sides:
+            warm_until = None if until is None else begun + _WARM_UP * (until - begun)
+            ready = [name for name in asked if self._warm_up(sides, result, asked[name], warm_until)]
+            ready = self._as_good(sides, result, asked, ready)
+            self._rounds(sides, result, asked, ready, until)
+            if self.options.row:
+                self._row(sides, result, asked, ready)
+            if self.options.breakdown:
+                for name in [name for name in ready if name in parts]:
+                    self._tell(f"batch {batch}: profile of {name}")
+                    result["breakdown"].setdefault(name, breakdown(sides.here, asked[name]))
+                    self.save()
 
+    def save(self) -> None:
+        """Write what there is."""
+        for result in self.document["results"]:
+            attack_report.add_figures(result)
+        self.document["bars"] = attack_report.bars(self.document)
+        if self.options.json is not None:
+            save_json(self.options.json, self.document)
 
-def _measure_precision(
-    options: argparse.Namespace, precision: str, until: float | None, failed: list[str]
-) -> tuple[dict[str, Any], float]:
-    """Check the candidates, see how much memory they take, and time them in turns.
+    def _result(self, batch: int) -> dict[str, Any]:
+        for result in self.document["results"]:
+            if result["batch"] == batch:
+                return result
+        result = {"batch": batch, "entries": [], "row": [], "breakdown": {}}
+        self.document["results"].append(result)
+        return result
 
-    Returns:
-        What was found, and when the fewest rounds that are worth something were done.
-    """
-    device = torch.device(options.device)
-    workload = make_workload(options, precision)
-    candidates, memory = [], {}
-    for name in options.candidates:
+    def _warm_up(self, sides: Sides, result: dict[str, Any], entry: Entry, until: float | None) -> bool:
+        """Whether the entry can be timed."""
+        name = f"batch {result['batch']}: {entry}"
+        if until is not None and time.monotonic() > until:
+            self.document["not_measured"].append(f"{name}: no time left")
+            return False
+        self._tell(f"{name}: warms up")
         try:
-            check(name, workload, precision)
-            _turn(name, workload, options.steps)  # warms up: convolutions are tuned, kernels compiled
-        except (torch.AcceleratorError, torch.OutOfMemoryError):  # after the first nothing on the GPU works any more
-            raise
+            found = sides.call("warm_up", entry)
+        except torch.OutOfMemoryError as error:
+            self.document["not_measured"].append(f"{name}: {str(error).splitlines()[0]}")
+            return False
+        except torch.AcceleratorError as error:
+            raise Broken(f"{name}: {str(error).splitlines()[0]}; nothing on the GPU works any more") from None
         except Exception as error:  # whatever it is: the others are measured all the same
             wrong = isinstance(error, WrongResult)
-            failed.append(str(error) if wrong else f"{precision}: {name}: {type(error).__name__}: {error}")
-            continue
-        peak = PeakMemory(device)
-        _turn(name, workload, options.steps)
-        memory[name] = peak.bytes()
-        candidates.append(name)
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    order = random.Random(0)
-    shuffled = list(candidates)
-    enough = 0.0
-    for turn in range(_ROUNDS):
-        if turn == _FEWEST_ROUNDS:
-            enough = time.monotonic()
-        if enough and until is not None and time.monotonic() > until:
-            break
-        order.shuffle(shuffled)
-        for name in shuffled:
-            samples[name].append(_turn(name, workload, options.steps))
-    times = {name: timing.summary(samples[name]).as_dict() for name in candidates}
-    for name, row in times.items():
-        row |= {"images_per_second": 1e3 * options.batch / row["median_ms"], "peak_memory": memory[name]}
-        if "relu" in times:
-            row["ratio_to_relu"] = row["median_ms"] / times["relu"]["median_ms"]
-        if "reference" in times:
-            row["speedup_over_reference"] = times["reference"]["median_ms"] / row["median_ms"]
-    found = {"precision": precision, "layout": options.layout, "batch": options.batch, "candidates": times}
-    return found, enough
-
-
-def make_workload(options: argparse.Namespace, precision: str) -> Workload:
-    """Networks with the same random weights, in eval mode, and random images."""
-    layout = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}[options.layout]
-    networks = {}
-    for activation in ("sparta", "relu"):
-        torch.manual_seed(0)
-        network: nn.Module = resnet18(num_classes=CLASSES, activation=activation, width=options.width)
-        if precision == "bf16":
-            network = InBfloat16(network)
-        networks[activation] = network.eval().to(options.device, memory_format=layout)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(options.batch, 3, 32, 32, generator=generator).contiguous(memory_format=layout)
-    labels = torch.randint(CLASSES, (options.batch,), generator=generator)
-    return Workload(images.to(options.device), labels.to(options.device), networks)
-
-
-def check(name: str, workload: Workload, precision: str) -> None:
-    """Compare a backend's logits and gradient of the images with the reference's.
-
-    Raises:
-        WrongResult: it says which of them is wrong and by how much.
-    """
-    if name in ("reference", "relu"):
-        return
-
-    def computed(backend: str) -> tuple[Tensor, Tensor]:
-        leaf = workload.images.clone().requires_grad_()
-        with use_backend(backend):
-            logits = workload.network(name)(leaf).float()
-            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, workload.labels, reduction="sum"), leaf)
-        return logits.detach(), gradient
-
-    for what, got, wanted in zip(("logits", "gradient"), computed(name), computed("reference"), strict=True):
-        error = float((got - wanted).norm() / wanted.norm())
-        if not error <= _TOLERANCES[precision]:  # NaN is wrong too
-            raise WrongResult(
-                f"{precision}: {name} computes a wrong {what}: its distance from the reference's is {error:.2g} of "
-                f"that one's norm, allowed {_TOLERANCES[precision]:g}"
+            self.document["failed"].append(
+                f"batch {result['batch']}: {error}" if wrong else f"{name}: {type(error).__name__}: {error}"
             )
+            return False
+        row = next((row for row in result["entries"] if row["name"] == str(entry)), None)
+        if row is None:
+            row = {"name": str(entry), **entry._asdict(), "iteration_ms": [], "iteration_faults": []}
+            result["entries"].append(row)
+        row |= found
+        return True
 
+    def _as_good(self, sides: Sides, result: dict[str, Any], asked: dict[str, Entry], ready: list[str]) -> list[str]:
+        """Those that move the loss as far as a plain loop, the one in fp32 if it was run."""
+        rows = {row["name"]: row for row in result["entries"]}
+        loops = sorted((row for row in rows.values() if row["candidate"] == "loop"), key=_inexact)
+        kept = []
+        for name in ready:
+            loop = next((row for row in loops if row["activation"] == asked[name].activation), None)
+            if loop is not None:
+                start = sides.here.start_loss(asked[name].activation)
+                share = (start - rows[name]["loss"]) / (start - loop["loss"])
+                if not _AS_GOOD[0] <= share <= _AS_GOOD[1]:
+                    self.document["failed"].append(
+                        f"batch {result['batch']}: {name} moves the loss {share:.2f} times as far as the plain loop"
+                    )
+                    continue
+            kept.append(name)
+        result["entries"] = [row for row in result["entries"] if row["name"] in kept or row["name"] not in ready]
+        return kept
 
-def _turn(name: str, workload: Workload, steps: int) -> float:
-    """One attack; seconds of an iteration."""
-    clock = Clock(workload.images.device)
-    run: Callable[..., Any] = partial(attack.pgd, eps=EPS, step_size=STEP, steps=steps, progress=clock.mark)
-    with use_backend("auto" if name == "relu" else name):
-        run(workload.network(name), workload.images, workload.labels)
-    return clock.iteration()
+    def _rounds(
+        self, sides: Sides, result: dict[str, Any], asked: dict[str, Entry], ready: list[str], until: float | None
+    ) -> None:
+        rows = {row["name"]: row for row in result["entries"]}
+        order = random.Random(0)
+        for turn in range(1, self.options.rounds + 1):
+            if turn > _FEWEST_ROUNDS and until is not None and time.monotonic() > until:
+                break
+            left = [name for name in ready if len(rows[name]["iteration_ms"]) < turn]
+            if not left:
+                continue
+            self._tell(f"batch {result['batch']}: round {turn} of {self.options.rounds}")
+            order.shuffle(left)
+            for name in left:
+                seconds, faults = sides.call("turn", asked[name])
+                rows[name]["iteration_ms"].append(1e3 * seconds)
+                rows[name]["iteration_faults"].append(faults)
+            self.save()
 
-
-def _save(path: str | None, document: dict[str, Any]) -> None:
-    if path is not None:
-        save_json(path, document)
-
-
-def table(document: dict[str, Any]) -> Table:
-    """A row for each precision and candidate."""
-    settings = document["settings"]
-    title = f"PGD iteration, ResNet-18, batch {settings['batch']}, {settings['layout']}, {document['device']['name']}"
-    found = Table(title=title, title_justify="left")
-    found.add_column("precision")
-    found.add_column("candidate")
-    for heading in ("ms", "p20", "p80", "images/s", "/ relu", "reference /", "peak memory"):
-        found.add_column(heading, justify="right", no_wrap=True)
-    for result in document["results"]:
-        for name, times in result["candidates"].items():
-            found.add_row(
-                result["precision"],
-                name,
-                *(f"{times[key]:.2f}" for key in ("median_ms", "p20_ms", "p80_ms")),
-                f"{times['images_per_second']:.0f}",
-                *(f"{times[key]:.2f}" if key in times else "" for key in ("ratio_to_relu", "speedup_over_reference")),
-                megabytes(times["peak_memory"]),
+    def _row(self, sides: Sides, result: dict[str, Any], asked: dict[str, Entry], ready: list[str]) -> None:
+        """Clean, PGD-10, PGD-30 and PGD-50: by torchattacks one by one, by ours in one go."""
+        if result["row"]:
+            return
+        names = [
+            name for name in ready if asked[name].activation == "sparta" and asked[name].candidate == "torchattacks"
+        ]
+        names += [name for name in ready if asked[name].activation == "sparta" and asked[name].candidate in OURS]
+        samples: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(1, _ROW_ROUNDS + 1):
+            self._tell(
+                f"batch {result['batch']}: clean + {' + '.join(f'PGD-{k}' for k in ROW)}, {turn} of {_ROW_ROUNDS}"
             )
-    return found
+            for name in names:
+                samples[name].append(sides.call("row", asked[name]))
+        rows = [{"name": name, **asked[name]._asdict(), **timing.summary(samples[name]).as_dict()} for name in names]
+        library = next((row for row in rows if row["candidate"] == "torchattacks"), None)
+        for row in rows if library is not None else ():
+            row["speedup_over_torchattacks"] = library["median_ms"] / row["median_ms"]
+        result["row"] = rows
+        self.save()
+
+    def _tell(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.started:6.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def _inexact(row: dict[str, Any]) -> int:
+    return ("fp32", "tf32", "fp16", "bf16").index(row["precision"])
 
 
 def _print(document: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     for missing in document["not_measured"]:
         console.print(f"not measured: {missing}")
-    console.print(table(document))
-
-
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="attack.py", description="Measure an iteration of PGD on ResNet-18, by every backend and with ReLU."
-    )
-    add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--batch", type=count, metavar="N", help="images (default: 8; on a GPU 512)")
-    add("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    add("--layout", choices=("nchw", "channels_last"), default="channels_last")
-    add("--candidates", nargs="+", choices=CANDIDATES, help="default: all that can run here")
-    add("--width", type=count, default=64, metavar="N", help="channels of the network's first group (default: 64)")
-    add("--steps", type=count, default=8, metavar="N", help="iterations of a run, at least 3 (default: 8)")
-    add("--threads", type=count, metavar="N", help="of the CPU")
-    add("--json", metavar="FILE", help="write the results here")
-    add("--budget", type=seconds, metavar="SECONDS", help="use about so much time; what it does not do for is listed")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: there is no NVIDIA GPU here that torch can use")
-    if options.steps < 3:
-        parser.error(f"argument --steps: must be at least 3, got {options.steps}")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    options.threads = torch.get_num_threads()
-    options.batch = options.batch or (512 if options.device == "cuda" else 8)
-    able = [name for name in CANDIDATES if _able(name, options.device)]
-    for name in options.candidates or ():
-        if name not in able:
-            parser.error(f"argument --candidates: {name} has no kernels for {options.device} here")
-    options.candidates = [name for name in able if name in (options.candidates or able)]
-    options.precision = list(dict.fromkeys(options.precision))
-    if options.json is not None:
-        try:
-            check_writable(options.json)
-        except OSError as error:
-            parser.error(f"argument --json: {error}")
-    return options
-
-
-def _able(candidate: str, device: str) -> bool:
-    return candidate in ("reference", "relu") or device in backends.DEVICES.get(candidate, ())
+    for result in document["results"]:
+        console.print(attack_report.iterations_table(result, document["device"]["name"]))
+        for key, table in (("row", attack_report.row_table), ("breakdown", attack_report.breakdown_table)):
+            if result[key]:
+                console.print(table(result))
+    if document["bars"]:
+        console.print(attack_report.bars_table(document))
 
 
 if __name__ == "__main__":

@@ -275,15 +275,17 @@ def attack(job: Job) -> None:
     results.unlink(missing_ok=True)
     if job.dry_run:
         choice = ("--device", "cpu", "--width", "8", "--batch", "2", "--steps", "3", "--precision", "fp32")
-        choice = (*choice, "--candidates", "native", "reference", "relu", "--budget", "30", "--threads", "1")
+        choice = (*choice, "--candidates", "loop", "ours-eager", "--budget", "30", "--threads", "1")
     else:
-        choice = ("--device", "cuda", "--budget", _budget(job))
+        built = [name for name in ("native", "triton") if name == "native" or find_spec(name) is not None]
+        choice = ("--device", "cuda", "--precision", "bf16", "tf32", "--backends", *built, "--budget", _budget(job))
     document = _measured(job, "attack.py", results, choice)
-    keys = ("median_ms", "images_per_second", "ratio_to_relu", "speedup_over_reference", "peak_memory")
+    keys = ("median_ms", "images_per_second", "ratio_to_relu", "speedup_over_loop", "peak_memory")
     job.figures["iterations"] = {
-        f"{result['precision']} {name}": {key: times.get(key) for key in keys}
+        row["name"]: {key: row.get(key) for key in keys}
         for result in document["results"]
-        for name, times in result["candidates"].items()
+        for row in result["entries"]
+        if "median_ms" in row
     }
     _finish(job, document)
 
