@@ -132,7 +132,7 @@ FAULTS = [
         RELU,
     ),
     Fault("relu-order", LAYOUT, "if tensor.stride() == stride:", "if tensor.numel() > 0:", RELU),
-    Fault("relu-overlap", f"{OPS}/relu.py", "0 < abs(a.data_ptr()", "1e30 < abs(a.data_ptr()", RELU),
+    Fault("relu-overlap", f"{OPS}/relu.py", "if 0 < apart < a.numel():", "if False:", RELU),
     Fault("cuda-relu-lanes", f"{CUDA}/relu.cu", "packed, source + i)", "packed, source)", RELU, EMULATED),
     Fault(
         "cuda-relu-cut", f"{CUDA}/relu.cu", "unsigned{bits[at / 8]} >> i,", "unsigned{bits[at / 8]},", RELU, EMULATED

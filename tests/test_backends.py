@@ -162,6 +162,7 @@ def test_build_info():
     assert set(info["operations"]) == set(sparta_kernels.__all__) - {
         "__version__",
         "build_info",
+        "keep_freed_memory",
         "use_backend",
     }
     for devices in info["operations"].values():

@@ -510,3 +510,14 @@ def test_meta_tensors_have_shapes():
     a = torch.empty(SHAPE, device="meta").to(memory_format=torch.channels_last)
     y = add_relu(a, a, backend="native")
     assert (y.shape, y.stride(), y.device.type) == (a.shape, a.stride(), "meta")
+
+
+def test_fake_tensors_go_through_the_raw_operations():
+    """As whoever traces eager code sees it: also what is written in place."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        a, b = torch.empty(SHAPE).requires_grad_(), torch.empty(SHAPE)
+        y, y2 = add_relu_fork(a * 1, b, inplace=True, backend="native")
+        (gradient,) = torch.autograd.grad((y, y2), a, (b, b))
+    assert y.shape == y2.shape == gradient.shape == SHAPE
