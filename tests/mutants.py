@@ -132,7 +132,7 @@ FAULTS = [
         RELU,
     ),
     Fault("relu-order", LAYOUT, "if tensor.stride() == stride:", "if tensor.numel() > 0:", RELU),
-    Fault("relu-overlap", f"{OPS}/relu.py", "if 0 < apart < a.numel():", "if False:", RELU),
+    Fault("relu-overlap", f"{OPS}/relu.py", "if ahead != 0 and", "if False and", RELU),
     Fault("cuda-relu-lanes", f"{CUDA}/relu.cu", "packed, source + i)", "packed, source)", RELU, EMULATED),
     Fault(
         "cuda-relu-cut", f"{CUDA}/relu.cu", "unsigned{bits[at / 8]} >> i,", "unsigned{bits[at / 8]},", RELU, EMULATED

@@ -127,8 +127,9 @@ def _check_written(operation: str, a: Tensor, b: Tensor | None, twice: bool, wan
         raise ValueError(
             f"{operation}: a must lie in memory without gaps where inplace is True, got strides {a.stride()}"
         )
-    apart = abs(a.storage_offset() - b.storage_offset()) if b is not None and torch._C._is_alias_of(a, b) else 0
-    if 0 < apart < a.numel():
+    alias = b is not None and torch._C._is_alias_of(a, b)  # type: ignore[attr-defined]
+    ahead = a.storage_offset() - b.storage_offset() if alias and b is not None else 0
+    if ahead != 0 and -a.numel() < ahead < a.numel():
         raise ValueError(f"{operation}: b must not overlap with a where inplace is True, but may be the same memory")
     if not wanted:
         return
