@@ -14,7 +14,7 @@ from torch import nn
 
 from sparta_kernels import backends, machine, report
 from sparta_kernels.attack import pgd, prepare
-from sparta_kernels.evaluation import batch_size, batches, evaluate, memory
+from sparta_kernels.evaluation import Parity, batch_size, batches, evaluate, memory
 from sparta_kernels.nn import resnet18
 
 CLASSES = 4
@@ -154,6 +154,25 @@ def test_a_lower_precision_is_compared_with_fp32(model, images, labels):
     assert found.clean_error == evaluate(model, images, labels, **SETTINGS).clean_error
     assert evaluate(model, images, labels, **SETTINGS, parity_images=6).parity is None
     assert evaluate(model, images, labels, **settings, parity_images=99).parity.images == 10
+
+
+def test_predictions_are_in_fp32(images, labels):
+    """Next to a common offset of 1000, bf16 does not see the logits' differences."""
+    torch.manual_seed(2)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES)).eval()
+    with torch.no_grad():
+        network[1].bias.add_(1000)
+        labels = network(images).argmax(1)
+        assert (prepare(network, precision="bf16")(images).argmax(1) != labels).any()
+    found = evaluate(network, images, labels, eps=0, step_size=0.1, steps=1, report_at=(0, 1), precision="bf16")
+    assert found.clean_error == found.errors[0] == found.errors[1] == 0
+
+
+def test_the_last_reported_iterate_tells():
+    parity = Parity(256, 1.0, errors={10: 0.5, 50: 0.6}, differences={10: 5.0, 50: -0.9})
+    assert (parity.difference, parity.passed) == (-0.9, True)
+    parity = Parity(256, 1.0, errors={10: 0.5, 50: 0.6}, differences={10: 0.0, 50: -1.1})
+    assert (parity.difference, parity.passed) == (-1.1, False)
 
 
 def test_parity_past_the_tolerance(model, images, labels, monkeypatch):

@@ -126,6 +126,8 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(model, images, labels, pa
     assert numbers(again) == numbers(whole)
     assert again.attacked == IMAGES - known
     assert seen[0].images == known
+    parity = (ticks >= 39) + (ticks >= 48)  # its two batches are stored by then
+    assert seen[0].total == 9 * -(-again.attacked // 4) + 8 * (2 - parity)
     assert sorted(os.listdir(tmp_path)) == ["found.npz", "whole.npz"]
 
 
@@ -374,6 +376,20 @@ def played(monkeypatch, rank, count, *arguments, **options):
     with pytest.raises(Stop):
         evaluate(*arguments, **options)
     monkeypatch.undo()
+
+
+def test_what_is_summed_up_is_the_same_bit_for_bit(monkeypatch):
+    """Zeros, such as other processes have there, are added."""
+    process = Played(0, 2)
+    process._device = torch.device("cpu")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, _: tensor.add_(torch.zeros_like(tensor)))
+    for array in (
+        np.array([-0.0, 0.0, np.nan, -np.inf, 1.5], np.float32),
+        np.array([[True, False]]),
+        np.array([-1, 2**62]),
+    ):
+        combined = Processes.combine(process, array)
+        assert (combined.dtype, combined.shape, combined.tobytes()) == (array.dtype, array.shape, array.tobytes())
 
 
 @pytest.mark.parametrize("count", [2, 3])

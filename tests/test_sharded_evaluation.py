@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from sparta_kernels import cli, training
-from sparta_kernels.evaluation import Outcomes, OutcomesError
+from sparta_kernels.evaluation import Outcomes, OutcomesError, batches
 
 EVALUATE = ["--limit", "24", "--batch-size", "4", "--threads", "1", "--precision", "bf16", "--parity-images", "8"]
 
@@ -24,6 +24,7 @@ EVALUATE = ["--limit", "24", "--batch-size", "4", "--threads", "1", "--precision
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("stored") / "net.safetensors"
+    torch.set_num_threads(1)
     training.train(training.Settings(width=4, epochs=1, attack="none"), path)
     return path
 
@@ -77,12 +78,25 @@ def workers(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_two_processes_write_what_one_writes(checkpoint, tmp_path):
+def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
     steps = ["--steps", "3", "--report-at", "1,3", *EVALUATE]
     alone(checkpoint, *steps, "--outcomes", tmp_path / "one.npz", "--json", tmp_path / "one.json")
-    process = together(checkpoint, *steps, "--outcomes", tmp_path / "two.npz", "--json", tmp_path / "two.json")
+    attack, calls = batches.attack.pgd, []
+
+    def interrupt(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:  # after the warm-up and two batches
+            raise KeyboardInterrupt
+        return attack(*arguments, **options)
+
+    monkeypatch.setattr(batches.attack, "pgd", interrupt)
+    begun = CliRunner().invoke(cli.app, ["evaluate", str(checkpoint), *steps, "--outcomes", str(tmp_path / "two.npz")])
+    assert begun.exit_code == 130
+    assert known(tmp_path / "two.npz") == 8
+    files = ["--outcomes", tmp_path / "two.npz", "--resume", "--json", tmp_path / "two.json"]
+    process = together(checkpoint, *steps, *files)
     try:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=300)
     finally:
         kill(process)
     assert process.returncode == 0, err
@@ -94,7 +108,7 @@ def test_two_processes_write_what_one_writes(checkpoint, tmp_path):
     for name in ("clean_error", "errors", "target_success", "loss_mean", "loss_std", "parity", "threads"):
         assert one[name] == two[name], name
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert two["attacked"] == 24
+    assert two["attacked"] == 16
     assert np.load(tmp_path / "two.npz")["done"].all()
 
 
