@@ -56,10 +56,11 @@ def test_rehearsal_does_every_step(rehearsal):
     assert figures["test"]["gpu_tests"] > 100
     assert figures["test"]["passed"] >= 5
     assert figures["test"]["failed"] == figures["test"]["errors"] == 0
-    assert "200 results of native on cpu checked, 0 wrong" in figures["sanitize"]["plain"]
-    assert figures["ops"]["cells"] == 4 + 2 + 1 + 1
-    assert set(figures["attack"]["iterations"]) == {"fp32 native", "fp32 reference", "fp32 relu"}
-    assert sum(figures["choices"]["rows"].values()) == 8
+    assert "280 results of native on cpu checked, 0 wrong" in figures["sanitize"]["plain"]
+    assert figures["ops"]["cells"] == 4 + 2 + 1 + 1 + 2
+    iterations = {f"{activation} fp32 {name}" for activation in ("sparta", "relu") for name in ("loop", "ours-eager")}
+    assert set(figures["attack"]["iterations"]) == iterations
+    assert sum(figures["choices"]["rows"].values()) == 10
 
 
 def test_rehearsal_leaves_few_small_files(rehearsal):
