@@ -8,13 +8,14 @@ import platform
 import sys
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sparta_kernels import backends, machine, report
 from sparta_kernels.attack import pgd, prepare
-from sparta_kernels.evaluation import Parity, batch_size, batches, evaluate, memory
+from sparta_kernels.evaluation import Outcomes, Parity, batch_size, batches, evaluate, memory, result
 from sparta_kernels.nn import resnet18
 
 CLASSES = 4
@@ -173,6 +174,19 @@ def test_the_last_reported_iterate_tells():
     assert (parity.difference, parity.passed) == (-0.9, True)
     parity = Parity(256, 1.0, errors={10: 0.5, 50: 0.6}, differences={10: 0.0, 50: -1.1})
     assert (parity.difference, parity.passed) == (-1.1, False)
+
+
+@pytest.mark.parametrize("more", [7, -7, 29, 0])
+def test_a_difference_just_within_the_tolerance(more):
+    """100 x 0.07 is above 7 in floating point, as is 100 x 0.29 above 29."""
+    found = Outcomes.none_yet(
+        {}, index=np.arange(100), label=np.zeros(100, np.int64), report_at=(5,), steps=5, parity=100
+    )
+    found.put(slice(0, 40), prediction=1)
+    found.put(slice(0, 40 - more), parity_prediction=1)
+    parity = result.parity(found, float(abs(more)))
+    assert parity.differences == {5: more}
+    assert parity.passed
 
 
 def test_parity_past_the_tolerance(model, images, labels, monkeypatch):
