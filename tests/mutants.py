@@ -61,6 +61,8 @@ LIBRARY, LAYOUT, NATIVE, OPS = (
     "sparta_kernels/ops",
 )
 
+EVALUATION = "sparta_kernels/evaluation"
+KEPT, EVALUATED = "tests/test_outcomes.py", "tests/test_evaluation.py"
 ORDERS = "tests/test_emulated_cuda.py"
 CUDA, TRITON = "csrc/cuda", "sparta_kernels/backends/triton"
 EMULATED, INTERPRETED = "emulated", "triton"  # `only` the tests on the CUDA kernels, and on Triton's
@@ -133,6 +135,30 @@ FAULTS = [
     ),
     Fault("relu-order", LAYOUT, "if tensor.stride() == stride:", "if tensor.numel() > 0:", RELU),
     Fault("relu-overlap", f"{OPS}/relu.py", "if ahead != 0 and", "if False and", RELU),
+    # An evaluation's outcomes: padding, what a resume takes over and refuses, fp32 predictions, the parity check.
+    Fault(
+        "outcome-padding", f"{EVALUATION}/batches.py", "values[: batch.real].cpu()", "values[-batch.real :].cpu()", KEPT
+    ),
+    Fault("outcome-index", f"{EVALUATION}/batches.py", "indices=self.indices[rows]", "indices=rows", KEPT),
+    Fault("outcome-parity", f"{EVALUATION}/outcomes.py", "(self.RESULTS, self.PARITY):", "(self.RESULTS,):", KEPT),
+    Fault("outcome-weights", f"{EVALUATION}/digest.py", "in model.state_dict().items()", "in ()", KEPT),
+    Fault("outcome-engine", f"{EVALUATION}/store.py", "outcomes.settings |= late", "pass", KEPT),
+    Fault("outcome-zeros", f"{EVALUATION}/processes.py", "np.dtype(np.float32): np.int32", "", KEPT),
+    Fault(
+        "clean-precision",
+        f"{EVALUATION}/batches.py",
+        "prepared.exact(self.images[rows]).arg",
+        "prepared(self.images[rows]).arg",
+        EVALUATED,
+    ),
+    Fault(
+        "parity-precision",
+        f"{EVALUATION}/batches.py",
+        'attack.prepare(self.prepared.model, precision="fp32")',
+        "self.prepared",
+        EVALUATED,
+    ),
+    Fault("parity-iterate", f"{EVALUATION}/result.py", "differences[max(self", "differences[min(self", EVALUATED),
     Fault("cuda-relu-lanes", f"{CUDA}/relu.cu", "packed, source + i)", "packed, source)", RELU, EMULATED),
     Fault(
         "cuda-relu-cut", f"{CUDA}/relu.cu", "unsigned{bits[at / 8]} >> i,", "unsigned{bits[at / 8]},", RELU, EMULATED
