@@ -23,7 +23,7 @@ import timing
 import torch
 from attack_breakdown import PARTS, breakdown
 from attack_candidates import EPS, OURS, ROW, STEP, THEIRS, Entry, Settings, WrongResult
-from attack_sides import Sides
+from attack_sides import OtherProcessFailed, Sides
 from rich.console import Console
 
 from sparta_kernels import keep_freed_memory
@@ -90,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("attack.py: interrupted", file=sys.stderr)
         status = INTERRUPTED
-    except Broken as error:
-        document["failed"].append(str(error))
+    except (Broken, OtherProcessFailed, torch.AcceleratorError) as error:
+        document["failed"].append(str(error).splitlines()[0])
     try:
         run.save()
     except OSError as error:
@@ -131,16 +131,16 @@ class _Run:
         begun = time.monotonic()
         until = None if self.end is None else begun + (self.end - begun) / left
         lacking = [name for name in asked if len(known.get(name, {}).get("iteration_ms", ())) < self.options.rounds]
-        rows = list(asked) if self.options.row and not result["row"] else []
+        row = self.options.row and batch == self.options.batch[0] and not result["row"]
         parts = [name for name in asked if asked[name].candidate in OURS and name not in result["breakdown"]]
-        if not (lacking or rows or (parts and self.options.breakdown)):
+        if not (lacking or row or (parts and self.options.breakdown)):
             return
         with Sides(settings, batch, entries) as sides:
             warm_until = None if until is None else begun + _WARM_UP * (until - begun)
             ready = [name for name in asked if self._warm_up(sides, result, asked[name], warm_until)]
             ready = self._as_good(sides, result, asked, ready)
             self._rounds(sides, result, asked, ready, until)
-            if self.options.row:
+            if row:
                 self._row(sides, result, asked, ready)
             if self.options.breakdown:
                 for name in [name for name in ready if name in parts]:
@@ -231,8 +231,6 @@ class _Run:
 
     def _row(self, sides: Sides, result: dict[str, Any], asked: dict[str, Entry], ready: list[str]) -> None:
         """Clean, PGD-10, PGD-30 and PGD-50: by torchattacks one by one, by ours in one go."""
-        if result["row"]:
-            return
         names = [
             name for name in ready if asked[name].activation == "sparta" and asked[name].candidate == "torchattacks"
         ]

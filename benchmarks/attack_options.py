@@ -40,7 +40,7 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Entry]]:
     add("--width", type=count, default=64, metavar="N", help="channels of the network's first group (default: 64)")
     add("--steps", type=count, default=5, metavar="N", help="iterations of a run, at least 3 (default: 5)")
     add("--rounds", type=count, default=7, metavar="N", help="runs of each entry (default: 7)")
-    add("--row", action="store_true", help="time clean + PGD-10 + PGD-30 + PGD-50 too")
+    add("--row", action="store_true", help="time clean + PGD-10 + PGD-30 + PGD-50 too, at the first batch")
     add("--breakdown", action="store_true", help="profile where the time of ours goes too")
     add("--threads", type=count, metavar="N", help="of the CPU")
     add("--json", metavar="FILE", help="write the results here, after every round")

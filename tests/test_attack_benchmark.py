@@ -186,6 +186,23 @@ def test_a_gpu_that_breaks_down_ends_an_attack(attack, tmp_path, monkeypatch, ca
     assert "sparta fp32 ours-eager: CUDA error: an illegal memory access was encountered; nothing" in failure
 
 
+def test_what_was_measured_before_a_breakdown_is_kept(modules, attack, tmp_path, monkeypatch, capsys):
+    path, turn, taken = tmp_path / "attack.json", modules["attack_candidates"].Bench.turn, []
+
+    def breaking(bench, entry):
+        taken.append(entry)
+        if len(taken) == 4:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore")
+        return turn(bench, entry)
+
+    monkeypatch.setattr(modules["attack_candidates"].Bench, "turn", breaking)
+    assert attack(path, "--precision", "fp32") == 1
+    document = json.loads(path.read_text())
+    assert document["failed"] == ["CUDA error: unspecified launch failure"]
+    assert document["complete"] is False
+    assert sum(len(row["iteration_ms"]) for row in document["results"][0]["entries"]) == 3
+
+
 def test_an_attack_without_time(attack, tmp_path, capsys):
     path = tmp_path / "attack.json"
     assert attack(path, "--budget", "0.001") == 0
