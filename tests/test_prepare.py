@@ -223,6 +223,10 @@ THEIRS = {
     "timm-resnet10t": lambda vision, timm: timm.create_model("resnet10t", num_classes=5),
     "timm-resnetv2": lambda vision, timm: timm.create_model("resnetv2_18", num_classes=5),
     "timm-efficientnet": lambda vision, timm: timm.create_model("efficientnet_lite0", num_classes=5),
+    "timm-nf-resnet": lambda vision, timm: timm.create_model("nf_resnet26", num_classes=5),
+    "torchvision-swin": lambda vision, timm: vision.models.SwinTransformer(
+        [4, 4], 8, [1, 1], [2, 2], [4, 4], num_classes=5
+    ),
 }
 _SIZES = {"torchvision-vgg": 32, "torchvision-googlenet": 64}
 
@@ -282,6 +286,16 @@ def test_everything_in_a_resnet_is_fused(activation, relus, own):
 def test_a_torchvision_resnet_is_fused_too():
     report = prepare(network("torchvision-resnet18")).report
     assert (len(report.folded), report.relus, report.sums, report.left) == (20, 17, 8, {})
+
+
+def test_normalisation_by_a_function_is_folded_too():
+    """timm's networks have their BatchNorm and activation in one module, which calls torch's function."""
+    report = prepare(network("timm-efficientnet")).report
+    assert len(report.folded) == 49
+    assert ("bn1", "conv_stem") in report.folded
+    assert report.left == {}
+    left = prepare(network("timm-resnetv2")).report.left
+    assert left["stages.0.blocks.0.norm1"] == "there is no convolution before it to fold it into"
 
 
 def test_what_is_left_is_named_with_the_reason():

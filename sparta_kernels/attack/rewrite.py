@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor, fx, nn
 
 from ..nn.frozen import CONVOLUTIONS, NORMS, Form, FrozenConv, Statistics, freeze, why_not, why_not_fold
 from ..ops.relu import add_relu, add_relu_fork
+from .casting import InDtype, cast_functions
 from .tracing import ROOT, drop_unused, first_input, is_relu, is_sum, trace, writes_input
 
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in eval mode
-_PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.conv1d, torch.conv2d, torch.conv3d}
+_SIGNATURE = inspect.signature(F.batch_norm)
 _NORMALISATION = (*NORMS, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
 
 
@@ -141,13 +143,18 @@ class _Rewriter:
         """The normalisation that the node is, and its name: a module, or `F.batch_norm` of a module's tensors."""
         if node is None or node.op == "call_module":
             return (None, None) if node is None else (str(node.target), self._module(node))
-        if node.target is not F.batch_norm or node.kwargs.get("training", False) or len(node.args) < 8:
+        if node.target is not F.batch_norm:
             return None, None
-        mean, variance, weight, bias, training, _, eps = node.args[1:8]
-        tensors = [arg and self.named.get(str(getattr(arg, "target", ""))) for arg in (mean, variance, weight, bias)]
-        if training or mean is None or not all(value is None or isinstance(value, Tensor) for value in tensors):
+        given = _SIGNATURE.bind(*node.args, **node.kwargs)
+        given.apply_defaults()
+        names = [given.arguments[name] for name in ("running_mean", "running_var", "weight", "bias")]
+        tensors = [name and self.named.get(str(getattr(name, "target", ""))) for name in names]
+        if given.arguments["training"] or not all(value is None or isinstance(value, Tensor) for value in tensors):
             return None, None
-        return str(getattr(mean, "target", "")).rpartition(".")[0], Statistics(*tensors, eps)  # type: ignore[arg-type, call-arg]
+        if tensors[0] is None:
+            return None, None
+        statistics = Statistics(*tensors, given.arguments["eps"])  # type: ignore[arg-type, call-arg]
+        return str(names[0].target).rpartition(".")[0], statistics
 
     def _name(self, wanted: str, key: object) -> str:
         """A name for what is made of `key`: the same one for the same key."""
@@ -160,31 +167,24 @@ class _Rewriter:
 
     def _keep_the_rest(self) -> None:
         """Modules that prepare themselves, and copies with constant weights of all others."""
+        weights = set() if self.form.dtype is None else cast_functions(self.graph, self.named, self.form.dtype)
         for node in self.graph.nodes:
+            name, norm = self._norm(node)
+            if isinstance(norm, Statistics):
+                self.left[str(name)] = self._why_not_folded(node, norm)
             if node.op not in ("call_module", "get_attr") or node.target in self.built:
                 continue
             thing = self.named[node.target]
             if isinstance(thing, Tensor):
-                self.built[node.target] = self._constant(thing, self._weight_dtype(node))
+                self.built[node.target] = self._constant(thing, self.form.dtype if node.target in weights else None)
                 continue
             if isinstance(thing, _NORMALISATION):
                 self.left.setdefault(node.target, self._why_not_folded(node, thing))
             self.built[node.target] = self._copy(thing)
             if self._is_converted(thing):
-                self.built[node.target] = _InItsDtype(self.built[node.target], self.form.dtype)  # type: ignore[arg-type]
+                self.built[node.target] = InDtype(self.built[node.target], self.form.dtype)  # type: ignore[arg-type]
             if hasattr(type(thing), "prepare_for_attack"):
                 self.prepared.append(node.target)
-
-    def _weight_dtype(self, node: fx.Node) -> torch.dtype | None:
-        """What to make of a tensor that the model's own functions read: weights of products are converted."""
-        if self.form.dtype is None or not all(user.target in _PRODUCTS for user in node.users):
-            return None
-        for user in list(node.users):  # their other operand, too
-            read = first_input(user)
-            if read is not None and read is not node:
-                with self.graph.inserting_before(user):
-                    user.replace_input_with(read, self.graph.call_method("to", (read, self.form.dtype)))
-        return self.form.dtype
 
     def _is_converted(self, module: nn.Module) -> bool:
         """Whether the module is left alone but for weights in another dtype."""
@@ -220,8 +220,8 @@ class _Rewriter:
         self.constants.append((constant, tensor))
         return constant
 
-    def _why_not_folded(self, node: fx.Node, norm: nn.Module) -> str:
-        if not isinstance(norm, NORMS):
+    def _why_not_folded(self, node: fx.Node, norm: Any) -> str:
+        if not isinstance(norm, (*NORMS, Statistics)):
             return f"{type(norm).__name__} is not a BatchNorm of torch.nn"
         before = first_input(node)
         layer = None if before is None or before.op != "call_module" else self.built.get(str(before.target))
@@ -289,20 +289,6 @@ class _Rewriter:
     def _replace(self, node: fx.Node, by: Any) -> None:
         node.replace_all_uses_with(by)
         self.graph.erase_node(node)
-
-
-class _InItsDtype(nn.Module):
-    """A module with weights in another dtype, given its inputs in that."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.module, self.dtype = module, dtype
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        def convert(value: Any) -> Any:
-            return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-        return self.module(*map(convert, args), **{name: convert(value) for name, value in kwargs.items()})
 
 
 def _short(name: str) -> str:

@@ -68,6 +68,9 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, nn.Module | Tensor], di
     """
     caller, tracer = _Caller(model), _Tracer()
     graph = tracer.trace(caller)
+    for node in reversed(graph.nodes):
+        if node.target is torch._assert:  # of shapes, while it was traced; whoever reads them is no reader of values
+            graph.erase_node(node)
     named: dict[str, nn.Module | Tensor] = {}
     for node in graph.nodes:
         if node.op == "call_module":
