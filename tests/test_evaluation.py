@@ -1,10 +1,7 @@
-"""Evaluation against the attack itself, its padding and its measurements; and the reports made of it."""
+"""Evaluation against the attack itself: its padding, precisions and measurements."""
 
 from __future__ import annotations
 
-import json
-import math
-import platform
 import sys
 from contextlib import nullcontext
 
@@ -13,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparta_kernels import backends, machine, report
+from sparta_kernels import backends, report
 from sparta_kernels.attack import pgd, prepare
-from sparta_kernels.evaluation import Outcomes, Parity, batch_size, batches, evaluate, memory, result
+from sparta_kernels.evaluation import Outcomes, Parity, batches, evaluate, memory, result
 from sparta_kernels.nn import resnet18
 
 CLASSES = 4
@@ -294,103 +291,6 @@ def test_on_a_gpu_it_is_repeatable_and_stored_too(images, labels, tmp_path, prec
     assert found.batch == (10, "at most 1024 on a GPU")
 
 
-# ---- the batch size ----
-
-
-def test_the_batch_size_is_found(model, images, labels):
-    found = evaluate(model, images, labels, **SETTINGS)
-    assert found.batch == (10, "at most 256 on a CPU")
-    assert evaluate(model, images, labels, **SETTINGS, batch_size=3).batch == (3, "as asked for")
-
-
-@pytest.mark.parametrize(
-    ("count", "processes", "images"),
-    [(1, 1, 1), (256, 1, 256), (257, 1, 129), (360, 1, 180), (10000, 1, 250), (100, 3, 34)],
-)
-def test_batches_are_equal_and_all_processes_have_as_many(count, processes, images):
-    tried = []
-    found = batch_size.find_batch_size(tried.append, count, torch.device("cpu"), processes)
-    assert found.images == images
-    assert -(-count // images) % processes == 0
-    assert all(1 <= trial <= min(16, count) for trial in tried)
-
-
-@pytest.mark.parametrize("sharers", [1, 2])
-def test_as_many_as_memory_holds(monkeypatch, sharers):
-    """3 MB an image beside 50 MB that any batch takes; half of 1.2 GB is to be used."""
-    held = []
-
-    class Fake:
-        def __init__(self, device):
-            held.clear()
-
-        def bytes(self):
-            return 50_000_000 + 3_000_000 * held[-1]
-
-    monkeypatch.setattr(batch_size, "PeakMemory", Fake)
-    monkeypatch.setattr(batch_size, "available", lambda device: 1_200_000_000)
-    found = batch_size.find_batch_size(held.append, 1000, torch.device("cpu"), sharers=sharers)
-    assert found.images * sharers <= 200
-    assert found.images == {1: 200, 2: 100}[sharers]
-    assert "3 MB an image" in found.reason
-    monkeypatch.setattr(batch_size, "available", lambda device: 1000)
-    assert batch_size.find_batch_size(held.append, 1000, torch.device("cpu")).images == 1
-    for unknown in (lambda device: None, lambda device: 10**12):
-        monkeypatch.setattr(batch_size, "available", unknown)
-        assert batch_size.find_batch_size(held.append, 1000, torch.device("cpu")).images == 250
-    monkeypatch.setattr(Fake, "bytes", lambda self: None)
-    monkeypatch.setattr(batch_size, "available", lambda device: 1000)
-    assert batch_size.find_batch_size(held.append, 1000, torch.device("cpu")).images == 250
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_what_an_image_costs_is_measured(monkeypatch):
-    if memory.PeakMemory(torch.device("cpu")).bytes() is None:
-        pytest.skip("/proc/self/clear_refs cannot be written here")
-    monkeypatch.setattr(batch_size, "available", lambda device: 1_000_000_000)
-    for cost in (5_000_000, 10_000_000):
-        found = batch_size.find_batch_size(
-            lambda images, cost=cost: torch.ones(images * cost // 4), 100_000, torch.device("cpu")
-        )
-        assert found.images == pytest.approx(500_000_000 / cost, rel=0.25)
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_memory_that_a_control_group_leaves(tmp_path, monkeypatch, version):
-    system, group = tmp_path / "meminfo", tmp_path / "cgroup"
-    system.write_text("MemTotal: 9000 kB\nMemAvailable:  8000 kB\n")
-    top = tmp_path / "groups" / ("memory" if version == 1 else "")
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
-    cache = "total_inactive_file" if version == 1 else "inactive_file"
-
-    def limit(folder, most, used):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, value in zip(names, (most, used), strict=True):
-            (folder / name).write_text(f"{value}\n")
-        (folder / "memory.stat").write_text(f"anon 5\n{cache} 1000\n")
-
-    monkeypatch.setattr(memory, "_SYSTEM", system)
-    monkeypatch.setattr(memory, "_GROUP", group)
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
-    cpu = torch.device("cpu")
-    assert memory.available(cpu) == 8000 * 1024  # no groups
-    group.write_text("4:cpu:/x\n9:memory:/a/b\n" if version == 1 else "0::/a/b\n")
-    assert memory.available(cpu) == 8000 * 1024
-    limit(top, 2_000_000, 500_000)  # in a container, whose path is the host's
-    assert memory.available(cpu) == 1_501_000
-    limit(top / "a", 1_000_000, 400_000)
-    assert memory.available(cpu) == 601_000
-    limit(top / "a" / "b", "max", 1)
-    assert memory.available(cpu) == 601_000
-    limit(top / "a" / "b", 1_000, 5_000)
-    assert memory.available(cpu) == 0
-    system.unlink()
-    assert memory.available(cpu) is None
-
-
-# ---- arguments ----
-
-
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
@@ -461,86 +361,3 @@ def test_models_that_do_not_classify(images, labels, output):
 def test_training_mode_is_refused(model, images, labels):
     with pytest.raises(ValueError, match="model must be in eval mode"):
         evaluate(model.train(), images, labels, **SETTINGS)
-
-
-# ---- reports ----
-
-
-@pytest.fixture
-def document(model, images, labels):
-    rows = []
-    for name in ("plain", "robust"):
-        for backend in ("auto (native)", "reference"):
-            found = evaluate(model, images, labels, **SETTINGS, report_at=(1, 3))
-            rows.append({"model": name, "checkpoint": f"{name}.st", "backend": backend} | found.as_dict())
-    settings = {"data": "digits", "images": 10, "steps": 3, "eps": 0.2, "step_size": 0.05}
-    return report.document("evaluate", settings=settings, results=rows, device="cpu", seed=0, build={"x": 1})
-
-
-def test_document_is_json(document, tmp_path):
-    report.save_json(tmp_path / "out.json", document)
-    read = json.loads((tmp_path / "out.json").read_text())
-    assert read["results"] == document["results"]
-    assert read["results"][0]["errors"].keys() == {"1", "3"}
-    assert len(read["results"][0]["loss_mean"]) == 4
-    assert read["versions"]["torch"] == torch.__version__
-    assert (read["command"], read["seed"], read["device"]["type"]) == ("evaluate", 0, "cpu")
-    assert json.loads(report.as_json({"a": math.inf, "b": [math.nan, 1]})) == {"a": "inf", "b": ["nan", 1]}
-
-
-def test_the_cpu_is_named(document, tmp_path, monkeypatch):
-    assert document["device"]["name"] == report.cpu_name() != ""
-    info = tmp_path / "cpuinfo"
-    monkeypatch.setattr(machine, "_CPUINFO", info)
-    fallback = platform.processor() or platform.machine()
-    assert report.cpu_name() == fallback  # no such file
-    for content, name in [
-        ("processor\t: 0\nmodel\t\t: 17\nmodel name\t: AMD EPYC: 9B45\n", "AMD EPYC: 9B45"),
-        ("processor\t: 0\nBogoMIPS\t: 50\n", fallback),  # as on ARM
-        ("model name\t:\n", fallback),
-    ]:
-        info.write_text(content)
-        assert report.cpu_name() == name
-
-
-def test_table_fits_and_shows_every_row(document):
-    from rich.console import Console
-
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    row = document["results"][0]
-    row.update(clean_error=0.0306, errors={"10": 0.5, "30": 0.6, "50": 1.0}, target_success={"50": 0.25})
-    row.update(images_per_second=123.4, peak_memory=410_000_000)
-    console.print(report.evaluation_table([row], "a title"))
-    text = console.export_text()
-    assert "target" in text
-    for cell in ("a title", "PGD-30", "plain", "auto (native)", "3.1%", "100.0%", "25.0%", "123", "410 MB"):
-        assert cell in text, cell
-    console.print(report.facts_table({"a": {"b": [1, 2]}, "c": None, "d": {}}))
-    text = console.export_text()
-    assert "a.b" in text
-    assert "1, 2" in text
-
-
-def test_plot_draws_each_model_once(document, tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    drawn = []
-    plot = Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **kw: drawn.append((list(x), y, kw)) or plot(self, x, y, **kw))
-    report.plot_losses(tmp_path / "loss.png", document)
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [kw["label"].split(":")[0] for _, _, kw in drawn] == ["plain", "robust"]
-    assert [x for x, _, _ in drawn] == [[0, 1, 2, 3]] * 2
-    assert drawn[0][1] == document["results"][0]["loss_mean"]
-    report.plot_losses(tmp_path / "loss.svg", document)
-    assert b"PGD iteration" in (tmp_path / "loss.svg").read_bytes() or b"<svg" in (tmp_path / "loss.svg").read_bytes()
-
-
-def test_plots_that_cannot_be_drawn(document, tmp_path, monkeypatch):
-    for name in ("loss.doc", "loss"):
-        with pytest.raises(ValueError, match=r"must end in one of .*png"):
-            report.plot_losses(tmp_path / name, document)
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        report.check_plot(tmp_path / "loss.png")
-    assert not list(tmp_path.iterdir())

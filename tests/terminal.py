@@ -1,0 +1,46 @@
+"""What the tests of the command line share: `sparta` run in this process, on few images and by one thread."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sparta_kernels import cli, data, training
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads only cost time on networks this small, the more so where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _few_images(monkeypatch):
+    """The first images of the digits, and a terminal of a known width."""
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *args: tuple(part[:40] for part in load(*args)))
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def store_network(folder):
+    """A checkpoint in this folder of pytest's, of a small network."""
+    path = folder / "net.safetensors"
+    training.train(training.Settings(width=2, epochs=1, attack="none"), path)
+    return path
+
+
+def run(*arguments):
+    """The command's result, with what it printed."""
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def one_line(arguments, capsys):
+    """The exit status of the whole program, and what it wrote to standard error."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    err = capsys.readouterr().err
+    return stop.value.code, err
