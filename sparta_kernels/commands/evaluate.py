@@ -92,7 +92,8 @@ def evaluate(
 ) -> None:
     """Evaluate networks on clean test images and under PGD, all iterations from one run.
 
-    By torchrun, several processes share the images: torchrun --no-python --nproc-per-node 2 sparta evaluate ...
+    By torchrun, several processes share the images: torchrun --standalone --no-python --nproc-per-node 2 sparta
+    evaluate ...
     """
     place = options.device(device, threads)
     chosen = backend or ["auto"]
@@ -277,16 +278,17 @@ class _Display:
         self._told = False
 
     def __enter__(self) -> _Display:
-        self._bars.start()
-        return self
+        return self  # drawn once there is something to tell: a run that is refused has one line, the reason
 
     def __exit__(self, *error: object) -> None:
-        self._bars.stop()
+        if self._told:
+            self._bars.stop()
 
     def show(self, progress: evaluation.Progress) -> None:
         """A model pass is done."""
         if not self._told:
             self._told = True
+            self._bars.start()
             size, reason = progress.batch
             self._bars.console.print(f"batches of {size} images ({reason})", highlight=False)
         self.images = progress.images

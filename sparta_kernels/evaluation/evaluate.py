@@ -61,7 +61,8 @@ def evaluate(
     for equal ones; then they are, however often a run is stopped and resumed, and however many processes share it.
     (On a GPU a network's own operations may still add up in any order; convolutions then do not.)
 
-    Where torch.distributed has a process group, its processes share the batches: each must call this with the same
+    The process keeps the memory that it frees meanwhile (`sparta_kernels.keep_freed_memory`). Where
+    torch.distributed has a process group, its processes share the batches: each must call this with the same
     arguments (but its own device), and gets the whole result.
 
     Args:
