@@ -39,7 +39,7 @@ OURS = {
 }
 LIBRARIES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "art": "art"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_TOLERANCE = 0.001  # of the norm: what is right differs by the order of its sums
+_TOLERANCE = 0.01  # of the norm: sums in another order differ, and a ReLU near 0 may then pass a gradient or not
 
 
 class WrongResult(AssertionError):
