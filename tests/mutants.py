@@ -63,7 +63,7 @@ LIBRARY, LAYOUT, NATIVE, OPS = (
 
 EVALUATION = "sparta_kernels/evaluation"
 KEPT, EVALUATED = "tests/test_outcomes.py", "tests/test_evaluation.py"
-ORDERS = "tests/test_emulated_cuda.py"
+ORDERS, MEMORY = "tests/test_emulated_cuda.py", "tests/test_memory.py"
 CUDA, TRITON = "csrc/cuda", "sparta_kernels/backends/triton"
 EMULATED, INTERPRETED = "emulated", "triton"  # `only` the tests on the CUDA kernels, and on Triton's
 
@@ -85,6 +85,7 @@ FAULTS = [
         "torch.bfloat16: 3, torch.float16: 2",
         GATE,
     ),
+    Fault("nested-memory", "sparta_kernels/memory.py", "if _entered == 0:", "if True:", MEMORY),
     Fault("gapless", LAYOUT, "if tensor.stride() == model.stride():", "if True:", PGD),
     Fault("untargeted", f"{OPS}/pgd.py", "-step_size if targeted", "step_size if targeted", PGD),
     Fault("version-counter", f"{OPS}/pgd.py", "    increment_version(adv)  # so", "    # so", PGD),
@@ -217,6 +218,11 @@ FAULTS = [
     Fault("gkernel-missing", KERNELS, "grad_kernel += gs[i]", "grad_kernel += 0 * gs[i]", GATE),
     Fault("second-stage", KERNELS, "chunk = 1; chunk < chunks.count", "chunk = 1; chunk < 1", GATE),
     Fault("share-index", KERNELS, "row / s.share * s.cells_wide()", "row / s.share * s.width", GATE),
+    Fault(
+        "trimmed-heap", "csrc/cpu/memory.cpp", "mallopt(M_TRIM_THRESHOLD, -1)", "mallopt(M_TRIM_THRESHOLD, 1)", MEMORY
+    ),
+    Fault("memory-for-good", "csrc/cpu/memory.cpp", "mallopt(M_MMAP_MAX, kMmapMax)", "mallopt(M_MMAP_MAX, 0)", MEMORY),
+    Fault("memory-not-returned", "csrc/cpu/memory.cpp", "  malloc_trim(0);", "", MEMORY),
     Fault("sample-stride", KERNELS, "sample * m.sample_stride", "sample * rows * cols", GATE),
     Fault("chunk-stride", KERNELS, "(planar ? 1 : m.row_stride)", "(planar ? 1 : cols)", GATE),
     Fault("tail-column", KERNELS, "planar ? pixels : s.channels;", "planar ? pixels : s.channels - 1;", GATE),

@@ -22,7 +22,7 @@ needs_glibc = pytest.mark.skipif(not _native.malloc_is_glibc(), reason="malloc i
 # are beyond all thresholds of glibc. As bytes, since malloc alone is asked for those: what an aligned allocation cuts
 # off lies between a freed buffer and the heap's end for a while, so that the next one may not fit.
 PROGRAM = """
-import json, resource, threading, torch
+import ctypes, json, resource, threading, torch
 from sparta_kernels import keep_freed_memory
 torch.set_num_threads(1)
 
@@ -83,6 +83,12 @@ with keep_freed_memory() as kept:
     found["active"] = kept.active, nested.active
     found["held"] = resident()
 found["returned"] = found["held"] - resident()
+end_of_heap = ctypes.CDLL(None).sbrk
+end_of_heap.restype = ctypes.c_void_p
+before = end_of_heap(0)
+held = buffer()
+found["heap_grew"] = end_of_heap(0) - before
+del held
 found["after"] = faults()
 try:
     with keep_freed_memory():
@@ -102,6 +108,7 @@ found["idle"] = keep.active
     assert found["active"] == [True, False]
     assert not found["idle"]
     assert found["returned"] > 100 * 2**20
+    assert found["heap_grew"] < 2**20  # a large buffer is mapped by itself again
 
 
 @needs_glibc
