@@ -90,13 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("attack.py: interrupted", file=sys.stderr)
         status = INTERRUPTED
-    except (Broken, OtherProcessFailed, torch.AcceleratorError) as error:
+    except (Broken, OtherProcessFailed, torch.AcceleratorError, OSError) as error:  # the last: a full disk
         document["failed"].append(str(error).splitlines()[0])
     try:
         run.save()
     except OSError as error:
-        print(f"attack.py: {error}", file=sys.stderr)
-        status = FAILED
+        if str(error) not in document["failed"]:
+            document["failed"].append(str(error))
     for failure in document["failed"]:
         print(f"attack.py: {failure}", file=sys.stderr)
     _print(document)
@@ -105,15 +105,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _resume(path: str, document: dict[str, Any]) -> None:
     """Take over what an earlier call has measured with the same settings, and where that came from."""
-    with open(path) as file:
-        earlier = json.load(file)
-    for key in ("settings", "device"):
-        ours, its = ({**found[key], "load_at_start": 0, "state": 0, "host": 0} for found in (document, earlier))
-        if ours != its:
-            raise SystemExit(f"attack.py: cannot resume {path}: it has another {key} ({its})")
-    document["results"] = earlier["results"]
-    origin = {key: earlier[key] for key in ("command", "date", "commit", "build", "environment")}
-    document["resumed"] = [*earlier["resumed"], origin]
+    try:
+        with open(path) as file:
+            earlier = json.load(file)
+        others = {key: _differences(document[key], earlier[key]) for key in ("settings", "device")}
+        results = earlier["results"]
+        origin = {key: earlier[key] for key in ("command", "date", "commit", "build", "environment")}
+        resumed = [*earlier["resumed"], origin]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it is no whole document of this program ({type(error).__name__}: {error})"
+        raise SystemExit(f"attack.py: cannot resume {path}: {reason}") from None
+    for key, words in others.items():
+        if words:
+            raise SystemExit(f"attack.py: cannot resume {path}: other {key}: {words}")
+    document["results"], document["resumed"] = results, resumed
+
+
+def _differences(ours: dict[str, Any], its: dict[str, Any]) -> str:
+    """What differs, but for what changes from one moment or machine of a kind to the next."""
+    keys = sorted((ours.keys() | its.keys()) - {"load_at_start", "state", "host"})
+    return ", ".join(
+        f"{key} was {its.get(key)!r} and is {ours.get(key)!r}" for key in keys if ours.get(key) != its.get(key)
+    )
 
 
 class _Run:

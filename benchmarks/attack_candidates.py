@@ -334,15 +334,16 @@ def _products(precision: str) -> Iterator[None]:
     if not torch.cuda.is_available():
         yield
         return
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [place.fp32_precision for place in places]
+    # Not by their newer fp32_precision: once that is set, reading these raises, as torch.compile does.
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
     try:
         for place in places:
-            place.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+            place.allow_tf32 = precision == "tf32"
         yield
     finally:
         for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
+            place.allow_tf32 = value
 
 
 def missing(candidate: str, device: str) -> str | None:

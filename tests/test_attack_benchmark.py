@@ -236,8 +236,25 @@ def test_what_was_interrupted_is_resumed(modules, attack, tmp_path, monkeypatch,
     for row in document["results"][0]["entries"]:
         assert len(row["iteration_ms"]) == 3
         assert row["iteration_ms"][: len(before[row["name"]])] == before[row["name"]]
-    with pytest.raises(SystemExit, match="it has another settings"):
+    with pytest.raises(SystemExit, match=r"attack\.json: other settings: steps was 3 and is 4$"):
         attack(path, "--precision", "fp32", "--steps", "4", "--resume")
+    whole = path.read_text()
+    for damaged in ("", whole[: len(whole) // 2], "[]", "{}"):
+        path.write_text(damaged)
+        with pytest.raises(SystemExit, match=r"attack\.json: it is no whole document of this program \([^\n]*$"):
+            attack(path, "--precision", "fp32", "--resume")
+        assert path.read_text() == damaged
+
+
+def test_a_full_disk(modules, attack, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(modules["attack"], "save_json", full)
+    assert attack(tmp_path / "attack.json", "--precision", "fp32") == 1
+    err = capsys.readouterr().err
+    assert err.count("No space left on device") == 1
+    assert err.splitlines()[-1] == "attack.py: [Errno 28] No space left on device"
 
 
 def test_nothing_is_done_again(modules, attack, tmp_path, monkeypatch, capsys):
