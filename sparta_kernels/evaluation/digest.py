@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 
 def model_digest(model: nn.Module) -> str:
-    """Of all that a state dict holds, and of the kinds of modules: networks without weights of their own differ too."""
+    """Of all that a state dict holds, of every buffer, and of the modules' kinds and settings (as they print them)."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
-        digest.update(f"{name} {type(module).__module__}.{type(module).__qualname__}\n".encode())
-    for name, tensor in model.state_dict().items():
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        digest.update(f"{name} {kind} {module.extra_repr()}\n".encode())
+    # Buffers once more: a state dict lacks those that are not persistent. Its other entries may be anything.
+    for name, value in chain(model.state_dict().items(), model.named_buffers()):
         digest.update(f"{name}\n".encode())
-        _add(digest, tensor)
+        if isinstance(value, Tensor):
+            _add(digest, value)
+        else:
+            digest.update(f"{value!r}\n".encode())
     return digest.hexdigest()
 
 

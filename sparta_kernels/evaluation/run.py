@@ -62,7 +62,7 @@ def run(
     mine = processes.share([batch for batch in every if not known.knows(batch.parity, batch.span)])
     outcomes = known if processes.rank == 0 else known.blank()  # what is known must be there once when it is summed
     engine, reason = outcomes.settings.get("engine_used"), "all was known"
-    memory, peak, attacked, seconds = PeakMemory(attacker.images.device), None, 0, 0.0
+    peak, attacked, seconds = None, 0, 0.0
     done, total = 0, sum(attacker.passes(batch) for batch in mine)
     errors = _errors_so_far(outcomes)
 
@@ -77,10 +77,12 @@ def run(
 
     tell()
     if mine:
+        memory = PeakMemory(attacker.images.device)
         engine, reason = attacker.warm_up(mine[0]).engine
         store.settle(outcomes, engine_used=engine)
         store.save(outcomes)
-        memory = PeakMemory(attacker.images.device)
+        if engine != "graph":  # a graph holds what its capture allocated; replaying it allocates nothing
+            memory = PeakMemory(attacker.images.device)
     for batch in mine:
         start = time.perf_counter()
         outcomes.put(batch.span, **attacker.run(batch, tick))
