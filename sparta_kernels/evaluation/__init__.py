@@ -5,6 +5,7 @@ from .evaluate import evaluate
 from .outcomes import Outcomes, OutcomesError
 from .result import Evaluation, Parity
 from .run import Progress
+from .store import stored
 
 __all__ = [
     "BatchSize",
@@ -15,4 +16,5 @@ __all__ = [
     "Progress",
     "evaluate",
     "find_batch_size",
+    "stored",
 ]

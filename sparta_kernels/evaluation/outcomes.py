@@ -118,7 +118,9 @@ class Outcomes:
         try:
             write_atomically(path, content.getvalue())
         except OSError as error:
-            raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
+            if error.strerror is None:  # it says so itself
+                raise
+            raise type(error)(f"cannot write {path}: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: Path) -> Outcomes:

@@ -35,7 +35,7 @@ class Store:
     def __init__(self, path: Path | None, *, resume: bool, overwrite: bool, processes: Processes) -> None:
         self._path, self._processes = path, processes
         self._own = None if path is None else _part(path, processes.rank)
-        self._found = [] if path is None else [file for file in (path, *_parts(path)) if file.exists()]
+        self._found = [] if path is None else stored(path)
         if self._found and not (resume or overwrite):
             raise FileExistsError(f"outcomes {self._found[0]} exists; resume it, overwrite it, or name another file")
         self._before = [Outcomes.load(file) for file in self._found] if resume else []
@@ -65,6 +65,7 @@ class Store:
             if self._before:
                 outcomes.save(self._path)
             _remove_parts(self._path)
+            _remove_unfinished(self._path)
         self._processes.wait()  # all are written anew, if they are
 
     def settle(self, outcomes: Outcomes, **late: Any) -> None:
@@ -93,6 +94,11 @@ class Store:
             raise OutcomesError(f"outcomes {file}: cannot resume with other settings: {words}{_advice(keys, old)}")
 
 
+def stored(path: Path) -> list[Path]:
+    """What there is of the outcomes kept in `path`: the file, and those that several processes left beside it."""
+    return [file for file in (path, *_parts(path)) if file.exists()]
+
+
 def _part(path: Path, rank: int) -> Path:
     """Where process `rank` keeps its outcomes."""
     return path if rank == 0 else path.with_name(f"{path.name}.part{rank}")
@@ -107,6 +113,14 @@ def _parts(path: Path) -> list[Path]:
 def _remove_parts(path: Path) -> None:
     for file in _parts(path):
         file.unlink(missing_ok=True)
+
+
+def _remove_unfinished(path: Path) -> None:
+    """What processes that were killed while they wrote have left: see `data.files.write_atomically`."""
+    name = re.compile(rf"\.{re.escape(path.name)}(\.part\d+)?\.[0-9a-f]{{8}}\.tmp")
+    for file in path.parent.glob(".*.tmp"):
+        if name.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def _advice(keys: list[str], old: Mapping[str, Any]) -> str:
