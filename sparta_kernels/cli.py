@@ -27,15 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.say(str(error))
         status = options.FAILED
     except Exception as error:
+        failure = options.machine_failure(error)
+        if failure is not None:
+            options.say(failure)
+            status = options.FAILED
         # Older Typer raises Click's exceptions, newer its own; both know their message and exit status.
-        if not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
+        elif not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise
-        message = error.format_message()
-        if message.startswith("Usage"):
-            print(message, file=sys.stderr)
         else:
-            options.say(" ".join(message.split()))
-        status = error.exit_code
+            message = error.format_message()
+            if message.startswith("Usage"):
+                print(message, file=sys.stderr)
+            else:
+                options.say(" ".join(message.split()))
+            status = error.exit_code
     sys.exit(status)
 
 

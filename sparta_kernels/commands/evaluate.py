@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from ..attack.prepare import PRECISIONS_ON_CPU
 from ..nn import ResNet
 from . import launch, options
 from .options import DataName, Device, Eps, Json, Root, Seed, Threads
+
+_SECONDS_BETWEEN_LINES = 10
 
 
 def _images(text: str) -> int | None:
@@ -96,7 +99,7 @@ def evaluate(
     evaluate ...
     """
     place = options.device(device, threads)
-    chosen = backend or ["auto"]
+    chosen = list(dict.fromkeys(backend or ["auto"]))
     for name in chosen:
         options.check_backend(name, place)
     with options.naming_the_option(name="preset"):
@@ -128,37 +131,6 @@ def evaluate(
     if outcomes is not None and len(runs) > 1:
         outcomes.mkdir(exist_ok=True)
 
-    results = []
-    with launch.process_group(place):
-        for run in runs:
-            used = backends.choose(place, run.backend).backend
-            label = used if used == run.backend else f"{run.backend} ({used})"
-            display = _Display(f"{run.model}, {label}")
-            with _ending(run, display, len(images)), display:
-                found = evaluation.evaluate(
-                    models[run.checkpoint],
-                    images,
-                    labels,
-                    eps=eps,
-                    step_size=step_size,
-                    steps=steps,
-                    report_at=reported,
-                    targeted=not untargeted,
-                    restarts=restarts,
-                    precision=precision,
-                    engine=engine,
-                    batch_size=batch_size,
-                    seed=seed,
-                    backend=run.backend,
-                    parity_images=parity_images,
-                    parity_tolerance=parity_tolerance,
-                    outcomes=run.outcomes,
-                    resume=resume,
-                    overwrite=overwrite,
-                    progress=display.show,
-                )
-            row = {"model": run.model, "checkpoint": str(run.checkpoint), "backend": label}
-            results.append(row | found.as_dict())
     settings = {
         "data": data_name,
         "split": "test",
@@ -176,21 +148,70 @@ def evaluate(
         "parity_images": parity_images,
         "parity_tolerance": parity_tolerance,
     }
-    console = options.console(json_file)
-    console.print(report.evaluation_table(results, report.evaluation_title(settings)))
-    for line in report.evaluation_notes(results):
-        console.print(line, soft_wrap=True)
-    document = options.document("evaluate", settings, results, place, seed)
-    options.save(json_file, document)
-    if plot is not None and launch.here().rank == 0:
-        report.plot_losses(plot, document)
+    results: list[dict[str, Any]] = []
+
+    def document() -> dict[str, Any]:
+        return options.document("evaluate", settings, results, place, seed)
+
+    try:
+        with launch.process_group(place):
+            for run in runs:
+                used = backends.choose(place, run.backend).backend
+                label = used if used == run.backend else f"{run.backend} ({used})"
+                display = _Display(f"{run.model}, {label}", len(images))
+                with _ending(run, display, len(results)), display:
+                    found = evaluation.evaluate(
+                        models[run.checkpoint],
+                        images,
+                        labels,
+                        eps=eps,
+                        step_size=step_size,
+                        steps=steps,
+                        report_at=reported,
+                        targeted=not untargeted,
+                        restarts=restarts,
+                        precision=precision,
+                        engine=engine,
+                        batch_size=batch_size,
+                        seed=seed,
+                        backend=run.backend,
+                        parity_images=parity_images,
+                        parity_tolerance=parity_tolerance,
+                        outcomes=run.outcomes,
+                        resume=resume,
+                        overwrite=overwrite,
+                        progress=display.show,
+                    )
+                row = {"model": run.model, "checkpoint": str(run.checkpoint), "backend": label}
+                results.append(row | found.as_dict())
+                if json_file != "-":
+                    options.save(json_file, document())
+    finally:  # whatever ends a later evaluation, those before it are told
+        if results:
+            _show(document(), json_file, plot)
     failed = [row for row in results if row["parity"] and not row["parity"]["passed"]]
+    if failed and launch.here().rank > 0:
+        raise typer.Exit(options.FAILED)  # process 0 says why
     if failed:
         options.end(
             f"parity: {precision} differs from fp32 by more than {parity_tolerance:g} percentage points on "
             + ", ".join(f"{row['model']} with {row['backend']}" for row in failed),
             options.FAILED,
         )
+
+
+def _show(document: dict[str, Any], json_file: str | None, plot: Path | None) -> None:
+    """Draw and print what was found; the table last, since whoever reads it may be gone, which ends the program."""
+    if json_file == "-":
+        options.save(json_file, document)
+    try:
+        if plot is not None and launch.here().rank == 0:
+            report.plot_losses(plot, document)
+    finally:
+        console, results = options.console(json_file), document["results"]
+        console.print(report.evaluation_table(results, report.evaluation_title(document["settings"])))
+        for line in report.evaluation_notes(results):
+            console.print(line, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -210,12 +231,18 @@ def _runs(checkpoints: Sequence[Path], chosen: Sequence[str], outcomes: Path | N
     if outcomes is not None and several == (outcomes.suffix == ".npz"):
         allowed = "a folder for several networks or backends" if several else "a file .npz for one network and backend"
         raise typer.BadParameter(f"must be {allowed}, got {outcomes}", param_hint="--outcomes")
-    runs = []
+    runs: list[_Run] = []
     for number, path in enumerate(checkpoints, 1):
         unique = stems.count(path.stem) == 1
         for name in chosen:
             file = f"{path.stem if unique else f'{path.stem}-{number}'}.{name}.npz"
             kept = outcomes / file if outcomes is not None and several else outcomes
+            for run in runs:
+                if kept is not None and kept == run.outcomes:
+                    raise typer.BadParameter(
+                        f"would have one file for {run.checkpoint} and {path}: {kept}; rename a network",
+                        param_hint="--outcomes",
+                    )
             runs.append(_Run(path, path.stem if unique else str(path), name, kept))
     return runs
 
@@ -224,9 +251,10 @@ def _check_outcomes(outcomes: Path, files: Sequence[Path | None], resume: bool, 
     """The paths that must be writable now; files that exist are only for --resume and --overwrite."""
     paths = [path for path in files if path is not None]
     for path in paths:
-        if path.exists() and not resume and not overwrite:
+        found = evaluation.stored(path)
+        if found and not resume and not overwrite:
             raise typer.BadParameter(
-                f"{path} exists; add --resume or --overwrite, or name another", param_hint="--outcomes"
+                f"{found[0]} exists; add --resume or --overwrite, or name another", param_hint="--outcomes"
             )
     if outcomes in paths or outcomes.is_dir():
         return paths
@@ -236,19 +264,21 @@ def _check_outcomes(outcomes: Path, files: Sequence[Path | None], resume: bool, 
 
 
 @contextmanager
-def _ending(run: _Run, display: _Display, count: int) -> Iterator[None]:
-    """End with a message where the evaluation itself cannot go on."""
+def _ending(run: _Run, display: _Display, before: int) -> Iterator[None]:
+    """End with a message where the evaluation itself cannot go on; `before`: how many had been done."""
     try:
         yield
     except KeyboardInterrupt:
         started = launch.here()
         if started.rank > 0:
             raise typer.Exit(options.INTERRUPTED) from None
-        kept = "nothing was written"
+        kept = f"nothing of {display.name} was written" if before else "nothing was written"
         if run.outcomes is not None and started.count > 1:
             kept = f"what was stored is in {run.outcomes} and beside it; go on with --resume"
         elif run.outcomes is not None and run.outcomes.exists():
-            kept = f"{display.images} of {count} images of {run.model} are in {run.outcomes}; go on with --resume"
+            kept = (
+                f"{display.images} of {display.count} images of {run.model} are in {run.outcomes}; go on with --resume"
+            )
         options.end(f"interrupted; {kept}", options.INTERRUPTED)
     except evaluation.OutcomesError as error:
         raise typer.BadParameter(str(error), param_hint="--outcomes") from error
@@ -257,18 +287,26 @@ def _ending(run: _Run, display: _Display, count: int) -> Iterator[None]:
         if not re.match(r"\w+: model must ", str(error)):
             raise
         options.end(f"{run.checkpoint}: {error}", options.FAILED)
+    except Exception as error:
+        failure = options.machine_failure(error)
+        if failure is None:
+            raise
+        options.end(f"{display.name}: {failure}", options.FAILED)
 
 
 class _Display:
-    """A bar over the model passes of one evaluation, with its speed and errors so far."""
+    """A bar over the model passes of one evaluation, with its speed and errors so far.
 
-    def __init__(self, name: str) -> None:
-        self.images = 0
+    Where standard error is no terminal, a line now and then.
+    """
+
+    def __init__(self, name: str, count: int) -> None:
+        self.name, self.count, self.images = name, count, 0
         console = options.progress_console()
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", markup=False),
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console,
@@ -276,19 +314,21 @@ class _Display:
         )
         self._task = self._bars.add_task(name, total=None, state="")
         self._told = False
+        self._last_line = 0.0
 
     def __enter__(self) -> _Display:
         return self  # drawn once there is something to tell: a run that is refused has one line, the reason
 
     def __exit__(self, *error: object) -> None:
-        if self._told:
+        if self._told and self._bars.console.is_terminal:
             self._bars.stop()
 
     def show(self, progress: evaluation.Progress) -> None:
         """A model pass is done."""
         if not self._told:
             self._told = True
-            self._bars.start()
+            if self._bars.console.is_terminal:
+                self._bars.start()
             size, reason = progress.batch
             self._bars.console.print(f"batches of {size} images ({reason})", highlight=False)
         self.images = progress.images
@@ -298,6 +338,11 @@ class _Display:
         if progress.images_per_second is not None:
             state += f" {progress.images_per_second:.3g} images/s"
         self._bars.update(self._task, completed=progress.done, total=progress.total, state=state)
+        late = time.monotonic() > self._last_line + _SECONDS_BETWEEN_LINES
+        if not self._bars.console.is_terminal and (late or 0 < progress.total == progress.done):
+            self._last_line = time.monotonic()
+            known = f"{self.name}: {self.images} of {self.count} images, {progress.done} of {progress.total} passes"
+            self._bars.console.print(" ".join([known, *state.split()]), soft_wrap=True)
 
 
 def _load_model(path: Path, dataset: data.Dataset, device: torch.device) -> ResNet:

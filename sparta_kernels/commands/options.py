@@ -77,10 +77,13 @@ def naming_the_option(**options: str) -> Iterator[None]:
 def device(name: str, threads: int | None) -> torch.device:
     """The device called `name`, and as many CPU threads as asked for."""
     started = launch.here()
-    with naming_the_option():
-        device = checks.device(
-            "sparta", f"cuda:{started.local_rank}" if (name == "cuda" and started.count > 1) else name
+    if started.count > 1 and re.fullmatch(r"cuda:\d+", name):
+        raise typer.BadParameter(
+            f"must be cuda under torchrun, which is a GPU for each process, got {name!r}", param_hint="--device"
         )
+    with naming_the_option():
+        # torch's functions take its own "cuda" for the current device, but cannot make it the current one.
+        device = checks.device("sparta", f"cuda:{started.local_rank}" if name == "cuda" else name)
     if threads is None and started.count > 1:  # torchrun's own default is one
         threads = launch.cores()
     if threads is not None:
@@ -151,11 +154,11 @@ def file(json_file: str | None) -> Path | None:
 
 def console(json_file: str | None) -> Console:
     """Where tables go: standard output, unless the JSON has it to itself."""
-    return Console(stderr=json_file == "-", highlight=False, quiet=launch.here().rank > 0)
+    return Console(stderr=json_file == "-", highlight=False, markup=False, emoji=False, quiet=launch.here().rank > 0)
 
 
 def progress_console() -> Console:
-    return Console(stderr=True, quiet=launch.here().rank > 0)
+    return Console(stderr=True, markup=False, emoji=False, quiet=launch.here().rank > 0)
 
 
 def save(json_file: str | None, content: Any) -> None:
@@ -165,6 +168,17 @@ def save(json_file: str | None, content: Any) -> None:
         print(report.as_json(content), end="")
     elif json_file is not None:
         report.save_json(json_file, content)
+
+
+def machine_failure(error: BaseException) -> str | None:
+    """What to do about memory that ran out, or a compiler that failed; None for any other error."""
+    reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return f"{reason}; try a smaller --batch-size"
+    # By its name: importing torch._dynamo takes seconds.
+    if any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__):
+        return f"torch.compile failed: {reason}; try --engine eager"
+    return None
 
 
 def say(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,9 +105,12 @@ def train(
         raise typer.BadParameter(str(error), param_hint="--data") from error
     except training.TrainingDiverged as error:
         options.end(f"{error}; try a lower --learning-rate", options.FAILED)
-    console.print(
-        f"{checkpoint}: {len(history)} epochs, clean test error {report.percent(history[-1].clean_error)}",
-        highlight=False,
-    )
+    except ValueError as error:
+        # The attack on it may be the first to meet what is no longer finite.
+        if not re.match(r"\w+: model must \w+ finite ", str(error)):
+            raise
+        options.end(f"{error}; try a lower --learning-rate", options.FAILED)
     results = {"checkpoint": str(checkpoint), "history": [vars(epoch) for epoch in history]}
+    # Before the line: whoever reads standard output may be gone, which ends the program.
     options.save(json_file, options.document("train", settings.as_dict(), results, place, seed))
+    console.print(f"{checkpoint}: {len(history)} epochs, clean test error {report.percent(history[-1].clean_error)}")

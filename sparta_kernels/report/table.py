@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 
 def evaluation_table(results: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
@@ -21,8 +22,8 @@ def evaluation_table(results: Sequence[Mapping[str, Any]], title: str | None = N
         table.add_column(heading, justify="right", no_wrap=True)
     for row in results:
         table.add_row(
-            str(row["model"]),
-            str(row["backend"]),
+            Text(str(row["model"])),  # not what Rich would read into it: a name may have brackets
+            Text(str(row["backend"])),
             percent(row["clean_error"]),
             *(percent(row["errors"][k]) for k in iterates),
             percent(row["target_success"][iterates[-1]]) if row["target_success"] else "n/a",
@@ -75,7 +76,7 @@ def facts_table(facts: Mapping[str, Any], title: str | None = None) -> Table:
     table.add_column("fact", no_wrap=True)
     table.add_column("value", overflow="fold")
     for name, value in _leaves("", facts):
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     return table
 
 
