@@ -115,7 +115,7 @@ def test_many_channels_of_few_pixels(channels, dtype):
         torch.testing.assert_close(y.float(), wanted, rtol=0, atol=tolerance)
         got, right = (torch.autograd.grad(out.float().square().sum(), leaf)[0] for out in (y, wanted))
         assert (got - right).norm() <= (1e-4 if dtype is None else 5e-2) * right.norm()
-        assert (frozen._planar_weight is not None) == (channels == 512)
+        assert (frozen.planar_weight is not None) == (channels == 512)
         conv.weight.data *= 1.5  # and once more, with what was learnt
         frozen.refresh()
 

@@ -42,11 +42,11 @@ def test_precisions_compute_the_same_function(model, precision):
 
 
 def test_settings_of_the_arithmetic_come_back(model):
-    settings = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
-    before = [setting.fp32_precision for setting in settings]
+    settings = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [setting.allow_tf32 for setting in settings]
     for precision in ("fp32", "tf32"):
         attacked(prepare(model, precision=precision))
-        assert [setting.fp32_precision for setting in settings] == before
+        assert [setting.allow_tf32 for setting in settings] == before
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -121,5 +121,9 @@ def test_a_model_that_waits_cannot_be_captured():
     prepared = prepare(Waits().cuda().eval())
     with pytest.raises(ValueError, match=r"^pgd: engine must be .*cannot be captured"):
         attacked(prepared, engine="graph")
-    assert attacked(prepared, engine="auto").losses.isfinite().all()
-    torch.cuda.synchronize()
+    here = torch.cuda.current_stream()
+    assert attacked(prepared, engine="eager").losses.isfinite().all()
+    assert torch.cuda.current_stream() == here == torch.cuda.default_stream()
+    assert bool(torch.rand(4, device="cuda").isfinite().all())
+    linear = prepare(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).cuda().eval())
+    assert attacked(linear, engine="graph").engine.name == "graph"  # and captures go on being possible

@@ -6,7 +6,9 @@ import copy
 import gc
 import io
 import time
+import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -200,7 +202,105 @@ def odd_layers():
     )
 
 
+class LeNet(nn.Module):
+    """As in PyTorch's tutorial: a view of what the pooling gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5)
+        self.pool = nn.MaxPool2d(2, 2)
+        self.fc = nn.Linear(16 * 5 * 5, 10)
+
+    def forward(self, x):
+        assert isinstance(x.shape[0], int)  # while it is traced it is none, and the exception says nothing
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(input=x)))
+        return self.fc(x.view(-1, 16 * 5 * 5))
+
+
+class Tutorial(LeNet):
+    def forward(self, x):
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(input=x)))
+        return self.fc(x.view(-1, 16 * 5 * 5))
+
+
+class WrittenInPlace(nn.Module):
+    """Writes that somebody sees who reads the same memory by another name."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.conv, self.deep, self.kind = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), kind
+        self.relu, self.same = nn.ReLU(inplace=True), nn.Identity()
+
+    def twice(self, x):
+        x *= 2.0
+        return self.deep(x)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.kind == "argument":
+            return (self.twice(y) + y).mean((2, 3))
+        if self.kind == "alias":
+            other = y
+            other += self.deep(y).detach()
+            return (y * y).mean((2, 3))
+        if self.kind == "view-before":
+            v = y[:, :4]
+            y += 1.5
+            return v.mean((2, 3))
+        if self.kind == "identity":
+            z = self.same(y)
+            z += 1
+            return (y + z).mean((2, 3))
+        if self.kind == "reshaped":
+            v = y.reshape(y.size(0), -1)
+            v *= 0.5
+            return y.mean((2, 3))
+        if self.kind == "relu-of-view":
+            v = self.relu(y[:, :4])
+            return (y * 2).mean((2, 3)) + v.mean((1, 2, 3))[:, None]
+        v = F.relu_(y.view(y.size(0), 8, -1))
+        return y.mean((2, 3)) + v.mean(2)
+
+
+class Computed(nn.Module):
+    """BatchNorm of weights that are computed, and a weight that is read beside its convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.other, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        n = self.norm
+        y = F.batch_norm(self.conv(x), n.running_mean, n.running_var, n.weight.abs() * 3, n.bias)
+        z = self.last(self.other(x))
+        return y.mean((2, 3)) + F.conv_transpose2d(z, self.other.weight).mean((2, 3)).sum(1, keepdim=True)
+
+
+class OneByOne(nn.Module):
+    """A convolution of one image at a time; the sum of a tensor and a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        y = torch.stack([self.conv(x[i]) for i in range(2)])
+        total = torch.zeros(1, dtype=torch.float64)
+        total += y.mean()
+        y = y * total.to(y.dtype)
+        return torch.relu(y + y.shape[1] / 8 - 1).mean((2, 3))
+
+
+_WRITES = ("argument", "alias", "view-before", "identity", "reshaped", "relu-of-view", "relu-of-reshaped")
 OURS = {
+    "lenet": LeNet,
+    "tutorial": Tutorial,
+    "computed": Computed,
+    "one-by-one": OneByOne,
+    **{f"written-{kind}": partial(WrittenInPlace, kind) for kind in _WRITES},
     "resnet18-relu": lambda: resnet18(activation="relu", width=8),
     "resnet18-sparta": lambda: resnet18(activation="sparta", width=8, mean=0.4, std=0.3),
     "resnet18-sparta-static": lambda: resnet18(activation="sparta-static", width=8),
@@ -267,6 +367,85 @@ def test_sparta_folds_itself(options):
     prepared = assert_same_function(model, images_of())
     assert prepared.report.prepared == ("0.1",)
     assert not any(isinstance(m, (nn.BatchNorm2d, Sparta)) for m in prepared.modules())
+
+
+# ---- what a tracer does not see -------------------------------------------------------------------------------
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+class Unseen(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.conv, self.norm, self.kind = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), kind
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen = []
+
+    def forward(self, x):
+        y = torch.relu(self.norm(self.conv(x)))
+        if self.kind == "gradient":
+            y = Reversed.apply(y)
+        elif self.kind == "no-grad":
+            with torch.no_grad():
+                m = y.mean((1, 2, 3), keepdim=True)
+            y = torch.relu(y - m)
+        elif self.kind == "type" and torch.is_tensor(x):
+            y = (y - 0.5) * 4
+        elif self.kind == "buffer":
+            self.calls = self.calls + 1
+        elif self.kind == "attribute":
+            self.feature = y
+        elif self.kind == "list":
+            self.seen.append(y)
+        return y.mean((2, 3))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["gradient", "no-grad", "type", "buffer", "attribute", "list"])
+def test_what_a_tracer_does_not_see_keeps_the_model_whole(kind, precision):
+    torch.manual_seed(0)
+    model, images = settle(Unseen(kind)), images_of()
+    wanted = outputs(model, images)
+    prepared = prepare(model, precision=precision)
+    model.seen.clear()
+    assert not any(isinstance(v, torch.fx.Proxy) for v in [*model.__dict__.values(), model.calls])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepared(images)
+    got = outputs(prepared, images)
+    assert "" in prepared.report.left
+    assert not any(isinstance(v, torch.fx.Proxy) for v in [*model.__dict__.values(), model.calls, *model.seen])
+    limit = 1e-4 if precision == "fp32" else 0.1
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() <= limit * b.norm()
+
+
+def test_a_difference_is_told():
+    model = settle(Unseen("gradient"))
+    prepared = prepare(model)
+    with pytest.warns(UserWarning, match="prepare: the model is kept whole: its gradients are not those"):
+        prepared(images_of())
+    assert "its gradients are not those" in prepared.report.left[""]
+
+
+def test_the_check_leaves_modes_alone():
+    model = settle(Unseen("plain"))
+    prepared = prepare(model)
+    model.train()
+    model.norm.eval()
+    before = copy.deepcopy(model.norm.running_mean)
+    prepared(images_of())
+    assert (model.training, model.norm.training) == (True, False)
+    assert torch.equal(model.norm.running_mean, before)
+    assert prepared.report.left == {}
 
 
 # ---- what was done, and what was left ------------------------------------------------------------------------
@@ -343,8 +522,9 @@ def test_hooks_still_run():
     model.layer3.register_forward_pre_hook(lambda module, args: calls.append(2))
     prepared = prepare(model)
     assert prepared.report.left["layer2.0.conv1"] == prepared.report.left["layer3"] == "it has hooks"
-    calls.clear()
     images = images_of(32)
+    prepared(images)
+    calls.clear()
     torch.testing.assert_close(prepared(images), model(images), rtol=1e-4, atol=1e-4)
     assert calls == [1, 2, 1, 2]
 
@@ -369,6 +549,7 @@ def saved_by(model, images):
 def test_no_input_of_a_convolution_is_kept(precision):
     model, images = settle(resnet18(activation="relu", width=8)), images_of(32, count=4)
     prepared = prepare(model, precision=precision)
+    prepared(images)  # the first call checks the function
     seen = []
     for module in prepared.modules():
         if type(module).__name__ in ("FrozenConv", "FrozenLinear"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attack import SETTINGS, Net, images, labels, model  # noqa: F401  the fixtures
+from test_attack import SETTINGS, images, labels, model  # noqa: F401  the fixtures
 from torch import nn
 
 from sparta_kernels.attack import perturb, pgd, prepare
@@ -74,7 +74,7 @@ def test_images_alone_take_a_pass_less(model, images, labels):  # noqa: F811
     assert torch.equal(found, wanted)
     assert model.calls == SETTINGS["steps"]
     assert perturb(model, images[:0], labels[:0], **SETTINGS).shape == (0, *images.shape[1:])
-    with pytest.raises(ValueError, match=r"^pgd: steps must be "):
+    with pytest.raises(ValueError, match=r"^perturb: steps must be "):
         perturb(model, images, labels, **{**SETTINGS, "steps": 0})
     with pytest.raises(ValueError, match=r"^perturb: restart must be "):
         perturb(model, images, labels, **SETTINGS, restart=-1)
@@ -94,13 +94,18 @@ def count_passes(prepared):
 
 
 def test_the_passes_of_a_precision(images, labels):  # noqa: F811
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.linear = nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.linear(torch.relu(self.bn1(self.conv1(x))).amax((2, 3)))
+
     torch.manual_seed(0)
-    net = Net.__new__(Net)
-    nn.Module.__init__(net)
-    net.conv1, net.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-    net.linear = nn.Linear(8, 5)
-    net.forward = lambda x: net.linear(torch.relu(net.bn1(net.conv1(x))).amax((2, 3)))
-    prepared = prepare(net.eval(), precision="bf16")
+    net = Plain().eval()
+    prepared = prepare(net, precision="bf16")
     passes = count_passes(prepared)
     result = pgd(prepared, images, labels, **SETTINGS, report_at=[0, 2, 6])
     assert len(passes["low"]) == SETTINGS["steps"] + 1
@@ -129,6 +134,22 @@ class Returns(nn.Module):
 
     def forward(self, x):
         return self.function(self.linear(x.flatten(1)))
+
+
+class Explodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("inf")
+
+
+@pytest.mark.parametrize("attack", [pgd, perturb])
+def test_gradients_that_are_not_finite_are_no_robustness(images, labels, attack):  # noqa: F811
+    with pytest.raises(ValueError, match=r"model must have finite gradients, got NaN or infinity"):
+        attack(Returns(Explodes.apply).eval(), images, labels, **SETTINGS)
 
 
 @pytest.mark.parametrize("prepared", [False, True])

@@ -21,12 +21,22 @@ _PRODUCTS = {
     F.bilinear,
     F.scaled_dot_product_attention,
     torch.matmul,
+    torch.mm,
+    torch.mv,
     torch.bmm,
+    torch.addmm,
+    torch.baddbmm,
+    torch.tensordot,
     torch.einsum,
     operator.matmul,
     "matmul",
+    "mm",
+    "mv",
     "bmm",
+    "addmm",
+    "baddbmm",
 }
+_IN_FLOAT32 = {F.prelu, F.grid_sample, torch.prelu}  # want one dtype too, and are not worth fewer bits
 _PLAIN = ("torch", "_operator", "operator", "builtins", "math")  # where functions that take any dtype come from
 
 
@@ -36,7 +46,7 @@ def convert(value: Any, dtype: torch.dtype) -> Any:
 
 
 class InDtype(nn.Module):
-    """A module whose weights are of `dtype`, given its inputs in that."""
+    """A module that is given its inputs in `dtype`."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -63,7 +73,9 @@ def cast_functions(graph: fx.Graph, named: dict[str, Any], dtype: torch.dtype) -
     for node in list(graph.nodes):
         if node.target in _PRODUCTS:
             _convert_inputs(graph, node, dtype, weights)
-        elif node.op == "call_function" and _module_of(node.target).partition(".")[0] not in _PLAIN:
+        elif node.target in _IN_FLOAT32 or (
+            node.op == "call_function" and _module_of(node.target).partition(".")[0] not in _PLAIN
+        ):
             _convert_inputs(graph, node, torch.float32, set())
     return weights
 

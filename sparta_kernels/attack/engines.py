@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import backends
 from ..ops import pgd_step_
 from . import checks
 from .prepare import PRECISIONS, PRECISIONS_ON_CPU, Prepared
+from .tracing import first_line
 
 ENGINES = ("auto", "eager", "compile", "graph")
 
@@ -82,6 +84,7 @@ class Eager:
         clean: the images.
         adversarial: the iterate, rewritten in place.
         classes: what the cross-entropy is taken to, (N,); None before the model has been called.
+        finite: whether all gradients were finite so far, on the device.
     """
 
     def __init__(self, model: nn.Module, network: Callable[[Tensor], Any], step: Step) -> None:
@@ -98,6 +101,7 @@ class Eager:
         self.clean = images.contiguous(memory_format=self._format) if self._format != torch.preserve_format else images
         self._goal, self.classes = goal, None
         self.adversarial = self.clean.clone()
+        self.finite = torch.ones((), dtype=torch.bool, device=images.device)
         return self.adversarial
 
     def iterate(self) -> tuple[Tensor, Tensor]:
@@ -112,6 +116,7 @@ class Eager:
             losses = self._losses(logits)
             # Summed, not averaged: an image's gradient must not depend on the size of its batch.
             (gradient,) = torch.autograd.grad(losses.sum() * self._scale if self._scale != 1 else losses.sum(), leaf)
+        self.finite.logical_and_(gradient.sum().isfinite())  # a step by NaN is none, which would look like robustness
         step = self._step
         pgd_step_(self.adversarial, gradient, self.clean, step.step_size, step.eps, targeted=step.targeted)
         return logits.detach(), losses.detach()
@@ -136,14 +141,17 @@ class Eager:
 class Graph:
     """Iterations as a CUDA graph: captured once for a batch shape, replayed without the host.
 
-    The graph lives in buffers of its own. Fewer images than it was captured for are filled up with copies of the first.
+    The graph lives in buffers of its own, so two threads must not attack the same prepared model at once. Fewer images
+    than it was captured for are filled up with copies of the first.
     """
 
     def __init__(self, model: Prepared, step: Step) -> None:
         self._model, self._step = model, step
 
     def begin(self, images: Tensor, goal: Goal) -> Tensor:
-        key = (images.shape[1:], images.dtype, images.device, self._step)
+        # What the host decided while it was captured, and where the weights were.
+        switches = (backends.choose(images.device), *self._model.addresses())
+        key = (images.shape[1:], images.dtype, images.device, self._step, switches)
         captured = self._model.captured.get("graph")
         if captured is None or captured[0] != key or captured[1].room < len(images):
             self._model.captured.pop("graph", None)  # its memory is needed for the next one
@@ -151,7 +159,7 @@ class Graph:
             self._model.captured["graph"] = captured
         self._captured, self._count = captured[1], len(images)
         self._captured.load(images, goal)
-        self.adversarial = self._captured.adversarial[: self._count]
+        self.adversarial, self.finite = self._captured.adversarial[: self._count], self._captured.finite
         return self.adversarial
 
     def iterate(self) -> tuple[Tensor, Tensor]:
@@ -170,20 +178,35 @@ class _Captured:
         self.room = len(images)
         loop = Eager(model, model, step)
         capture = Capture(images.device)
-        # What is allocated, chosen and compiled at first use has to be before the capture.
-        capture.warm_up(lambda: (loop.begin(images.clone(), goal), loop.iterate(), loop.iterate(), loop.look()))
+
+        def warm_up() -> None:
+            """What is allocated, chosen and compiled at first use has to be before the capture."""
+            loop.begin(images.clone(), goal)
+            loop.iterate()
+            loop.iterate()
+            self.classes = loop.look()[0].shape[1]
+
+        capture.warm_up(warm_up)
         assert loop.classes is not None
         self.clean, self.adversarial, self.goal = loop.clean, loop.adversarial, loop.classes
-        self.classes = int(loop.look()[0].shape[1])
-        self.iterate, self.look = capture(loop.iterate), capture(loop.look)
+        self.finite = loop.finite
+        try:
+            self.iterate, self.look = capture(loop.iterate), capture(loop.look)
+        except RuntimeError as error:
+            raise NotCaptured(first_line(error)) from error
 
     def load(self, images: Tensor, goal: Goal) -> None:
         """Put these images, and what they are driven to, where the graphs read them."""
         count = len(images)
+        self.finite.fill_(True)
         for buffer, values in ((self.clean, images), (self.adversarial, images), (self.goal, goal(self.classes))):
             buffer[:count].copy_(values)
             if count < self.room:
                 buffer[count:] = values[:1]
+
+
+class NotCaptured(Exception):
+    """A capture that torch or the driver refused; it says why."""
 
 
 class Capture:
@@ -191,24 +214,31 @@ class Capture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = None
+        with torch.cuda.device(device):
+            # Its own: torch's default one belongs to the device that captured first.
+            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], object]) -> None:
-        """Run on a stream of its own, as captures are."""
+        """Run on the stream of the captures."""
         with torch.cuda.device(self._device):
-            here, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(here)
-            with torch.cuda.stream(side):
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
+            with torch.cuda.stream(self._stream):
                 run()
-            here.wait_stream(side)
+            here.wait_stream(self._stream)
 
     def __call__(self, run: Callable[[], _Outputs]) -> Callable[[], _Outputs]:
         """A function that does again what `run` does, to the same memory, and gives the same outputs."""
         with torch.cuda.device(self._device):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                outputs = run()
-            self._pool = graph.pool()
+            graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                # Other threads (data loaders, NCCL) may do what a capturing thread may not.
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    outputs = run()
+            except RuntimeError:
+                torch.cuda.set_stream(here)  # torch leaves the stream of a capture that failed the current one
+                torch.cuda.synchronize()
+                raise
 
         def replay() -> _Outputs:
             graph.replay()
@@ -238,18 +268,22 @@ def begin(
     Raises:
         ValueError: a model that cannot be captured, where "graph" was asked for.
     """
-    chosen = runner(engine, model, step)
-    try:
-        chosen.begin(images, goal)
-        return engine, chosen
-    except (RuntimeError, NotImplementedError) as error:  # what torch raises where a capture is not possible
-        if engine.name != "graph" or isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = f"the model cannot be captured ({str(error).splitlines()[0]})"
-        if asked != "auto":
-            raise ValueError(f"pgd: engine must be 'auto', 'eager' or 'compile': {reason}") from error
-        warnings.warn(f"pgd: {reason}: the engine is 'eager'", stacklevel=3)
-        engine = Engine("eager", reason)
-    chosen = runner(engine, model, step)
+    reason = None
+    if isinstance(model, Prepared):
+        model.check(images)
+        reason = model.captured.get("refused") if engine.name == "graph" else None
+    if reason is None:
+        chosen = runner(engine, model, step)
+        try:
+            chosen.begin(images, goal)
+            return engine, chosen
+        except NotCaptured as error:
+            assert isinstance(model, Prepared)
+            reason = model.captured["refused"] = f"the model cannot be captured ({error})"
+            if asked == "auto":
+                warnings.warn(f"pgd: {reason}: the engine is 'eager'", stacklevel=3)
+    if asked != "auto":
+        raise ValueError(f"pgd: engine must be 'auto', 'eager' or 'compile': {reason}")
+    chosen = runner(Engine("eager", reason), model, step)
     chosen.begin(images, goal)
-    return engine, chosen
+    return Engine("eager", reason), chosen

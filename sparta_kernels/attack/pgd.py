@@ -50,7 +50,7 @@ def pgd(
     Args:
         model: takes (N, C, H, W) images in [0, 1] (normalisation belongs inside) and returns (N, classes)
             logits. It and all its parts must be in eval mode.
-        images: (N, C, H, W), float32 (float64 is attacked in float64), every pixel in [0, 1].
+        images: (N, C, H, W), float32 (or float64: then iterates and steps are), every pixel in [0, 1].
         labels: (N,), any integer dtype.
         eps: radius of the ball in pixel units, 0..1, such as 16/255.
         step_size: step in pixel units, above 0, such as 1/255.
@@ -78,7 +78,8 @@ def pgd(
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it. A model in training mode or
-            one that does not return (N, classes) logits that depend on the images, or returns NaN, is a ValueError.
+            one that does not return (N, classes) logits that depend on the images, or returns NaN, or has gradients
+            that are not finite, is a ValueError.
     """
     where = "pgd"
     reported = checks.iterates(where, report_at, checks.integer(where, "steps", steps, low=1))
@@ -89,6 +90,7 @@ def pgd(
         model,
         images,
         labels,
+        where=where,
         eps=eps,
         step_size=step_size,
         steps=steps,
@@ -142,6 +144,7 @@ def perturb(
         model,
         images,
         labels,
+        where="perturb",
         eps=eps,
         step_size=step_size,
         steps=steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -83,14 +84,23 @@ class Prepared(nn.Module):
     def __init__(self, model: nn.Module, precision: str) -> None:
         super().__init__()
         self.precision = precision
-        device = checks.device_of(model)
-        self.memory_format = _memory_format(device, precision)
         self._model = (model,)  # in a tuple: its parameters are not this module's
-        self._exact: tuple[Prepared, ...] = ()
-        form = Form(_DTYPES[precision], self.memory_format)
-        self.network, self._constants, self.report = rewrite(model, form)
         self.captured: dict[str, Any] = {}  # what engines make of the network, to be used again
+        self._checked = False
+        # In another precision a second view gives the predictions that are reported.
+        self._exact = () if precision == "fp32" else (Prepared(model, "fp32"),)
+        self._build(None)
         self.eval()
+
+    def _build(self, whole: str | None) -> None:
+        """Make the network of what the model is now; `whole` is why not to look into the model."""
+        form = Form(_DTYPES[self.precision], _memory_format(checks.device_of(self.model), self.precision))
+        # Weights must not be inference tensors, which no gradient can flow past.
+        with torch.inference_mode(False), torch.no_grad():
+            made = rewrite(self.model, form, whole)
+        self.network, self._constants, self.report = made.network, made.constants, made.report
+        self.memory_format = made.form.memory_format
+        self.captured.clear()
 
     @property
     def model(self) -> nn.Module:
@@ -99,6 +109,7 @@ class Prepared(nn.Module):
 
     def forward(self, images: Tensor, network: Callable[[Tensor], Any] | None = None) -> Tensor:
         """The logits, by `network` where a compiled form of this one's is given."""
+        self.check(images)
         if images.dim() == 4:
             images = images.contiguous(memory_format=self.memory_format)
         with self.arithmetic():
@@ -108,33 +119,46 @@ class Prepared(nn.Module):
 
     @torch.no_grad()
     def exact(self, images: Tensor) -> Tensor:
-        """The logits in float32, without a gradient: what predictions are reported from.
+        """The logits in float32, without a gradient: what predictions are reported from."""
+        return self._exact[0](images) if self._exact else self(images)
 
-        In another precision than fp32 a second view of the model computes them, made when it is first needed.
+    def check(self, images: Tensor) -> None:
+        """Once, on the first two images: does the view compute what the model does, logits and gradient of the images?
+
+        Code can do things that no tracer sees, such as gradients of its own. Where the two differ by more than rounding
+        the model is kept whole, with a warning; the report has the reason.
         """
-        if self.precision == "fp32":
-            return self(images)
-        if not self._exact:
-            self._exact = (Prepared(self.model, "fp32"),)
-        return self._exact[0](images)
+        if self._checked or torch.compiler.is_compiling() or not len(images):
+            return
+        self._checked = True
+        if self._exact:
+            self._exact[0].check(images)
+            difference = self._exact[0].report.left.get("")
+        else:
+            self.refresh()
+            with self.arithmetic():
+                difference = _difference(self.network, self.model, images[:2], self.memory_format)
+            if difference is not None:
+                warnings.warn(f"prepare: the model is kept whole: {difference}", stacklevel=2)
+        if difference is not None and "" not in self.report.left:
+            self._build(difference)
 
     def refresh(self) -> None:
         """Take over what the model's weights and statistics are now.
 
-        Everything is rewritten in place, so that a captured graph stays valid; where the model itself was given other
-        tensors than it had, captured graphs are dropped.
+        Everything is rewritten in place, so that a captured graph stays valid. The model's tensors must be the same
+        ones as when it was prepared, with other values: an optimiser, `load_state_dict` and an assignment to `.data`
+        see to that; a new `nn.Parameter` in an old one's place does not.
         """
-        before = self._addresses()
         for module in self.network.modules():
             if hasattr(module, "refresh"):
                 module.refresh()  # type: ignore[operator]
         refresh_constants(self._constants)
-        if self._addresses() != before:
-            self.captured.pop("graph", None)
         for exact in self._exact:
             exact.refresh()
 
-    def _addresses(self) -> list[int]:
+    def addresses(self) -> list[int]:
+        """Where the network's tensors lie: a captured graph is valid for no others."""
         return [tensor.data_ptr() for tensor in chain(self.network.parameters(), self.network.buffers())]
 
     @contextmanager
@@ -143,16 +167,16 @@ class Prepared(nn.Module):
         if not torch.cuda.is_available():
             yield
             return
-        wanted = "tf32" if self.precision == "tf32" else "ieee"
-        settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-        before = [setting.fp32_precision for setting in settings]
+        # By the older of torch's two names for these settings: having set the newer one makes reading this one an error.
+        settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+        before = [setting.allow_tf32 for setting in settings]
         try:
             for setting in settings:
-                setting.fp32_precision = wanted
+                setting.allow_tf32 = self.precision == "tf32"
             yield
         finally:
             for setting, value in zip(settings, before, strict=True):
-                setting.fp32_precision = value
+                setting.allow_tf32 = value
 
     def train(self, mode: bool = True) -> Prepared:
         if mode:
@@ -169,7 +193,9 @@ class Prepared(nn.Module):
         return self.model.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        result = self.model.load_state_dict(state_dict, strict, assign)
+        if assign:
+            raise ValueError("Prepared: assign must be False; give the .model other tensors, and prepare it again")
+        result = self.model.load_state_dict(state_dict, strict)
         self.refresh()
         return result
 
@@ -178,6 +204,49 @@ class Prepared(nn.Module):
 
     def extra_repr(self) -> str:
         return f"precision={self.precision}, {self.memory_format}\n{self.report}"
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode; afterwards, whatever happened, each in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _difference(network: nn.Module, model: nn.Module, images: Tensor, layout: torch.memory_format) -> str | None:
+    """How the network differs from the model by more than rounding, if it does."""
+
+    def computed(function: nn.Module, layout: torch.memory_format) -> tuple[Tensor, Tensor] | None:
+        leaf = images.detach().clone().requires_grad_()
+        logits = function(leaf.contiguous(memory_format=layout) if leaf.dim() == 4 else leaf)
+        if not isinstance(logits, Tensor) or not logits.requires_grad or not logits.isfinite().all():
+            return None  # the attack will say what is wrong with that
+        weights = torch.linspace(1, 2, logits.numel(), device=logits.device, dtype=logits.dtype).view(logits.shape)
+        return logits.detach(), torch.autograd.grad((logits * weights).sum(), leaf)[0]
+
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(images.device.type, enabled=False),
+        torch.random.fork_rng(devices=[]),
+        in_eval_mode(model),
+    ):
+        wanted, got = computed(model, torch.contiguous_format), computed(network, layout)
+    if wanted is None or got is None:
+        return None
+    # A mistake changes all of it. In 16 bits a single ReLU on its other side changes much, too.
+    low = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters())
+    tolerances = (0.1, 0.5) if low else (1e-3, 5e-2)
+    for name, a, b, allowed in zip(("logits", "gradients"), got, wanted, tolerances, strict=True):
+        if a.shape != b.shape or not (a - b).norm() <= allowed * b.norm():
+            return f"its {name} are not those that its parts compute when they are traced"
+    return None
 
 
 def _memory_format(device: torch.device | None, precision: str) -> torch.memory_format:

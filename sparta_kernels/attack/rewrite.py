@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..nn.frozen import CONVOLUTIONS, NORMS, Form, FrozenConv, Statistics, freeze, why_not, why_not_fold
+from ..nn.frozen import CONVOLUTIONS, NORMS, Form, FrozenConv, Statistics, freeze, has_hooks, why_not, why_not_fold
 from ..ops.relu import add_relu, add_relu_fork
 from .casting import InDtype, cast_functions
-from .tracing import ROOT, drop_unused, first_input, is_relu, is_sum, trace, writes_input
+from .tracing import ROOT, drop_unused, first_input, is_relu, is_sum, no_overwriting, trace, writes_input
 
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in eval mode
 _SIGNATURE = inspect.signature(F.batch_norm)
@@ -50,15 +50,32 @@ class Report:
 Constants = list[tuple[nn.Parameter, nn.Parameter]]  # a constant parameter, and the model's that it is made of
 
 
-def rewrite(model: nn.Module, form: Form) -> tuple[fx.GraphModule, Constants, Report]:
-    """A module that computes what `model`, in eval mode, computes, and differentiates images alone.
+class Rewritten(NamedTuple):
+    """What `rewrite` makes of a model.
 
-    It shares what weights it can with the model. The others are rewritten by its modules' `refresh`, and the constants
-    by `refresh_constants`.
+    Attributes:
+        network: computes what the model, in eval mode, computes, and differentiates images alone.
+        constants: its parameters that `refresh_constants` is for; the others its modules' `refresh` rewrites.
+        form: what its weights were made into.
+        report: what was done.
     """
-    rewriter = _Rewriter(model, form)
+
+    network: fx.GraphModule
+    constants: Constants
+    form: Form
+    report: Report
+
+
+def rewrite(model: nn.Module, form: Form, whole: str | None = None) -> Rewritten:
+    """Make a network for attacks of a model, which shares what weights it can with that.
+
+    Args:
+        form: what the weights are made into; in the model's own memory format, where parts of the model stay whole.
+        whole: why not to look into the model at all.
+    """
+    rewriter = _Rewriter(model, form, {} if whole is None else {ROOT: whole})
     network = fx.GraphModule(rewriter.built, rewriter.graph, class_name=type(model).__name__)
-    return network.eval(), rewriter.constants, rewriter.report()
+    return Rewritten(network.eval(), rewriter.constants, rewriter.form, rewriter.report())
 
 
 @torch.no_grad()
@@ -72,18 +89,21 @@ def refresh_constants(constants: Constants) -> None:
 
 
 class _Rewriter:
-    def __init__(self, model: nn.Module, form: Form) -> None:
-        self.form = form
-        self.graph, self.named, whole = trace(model)
-        self.left = dict(whole)
+    def __init__(self, model: nn.Module, form: Form, whole: dict[str, str]) -> None:
+        self.graph, self.named, left = trace(model, whole)
+        self.left = dict(left)
+        # Code that nobody has looked into may rely on how tensors lie in memory.
+        self.form = form._replace(memory_format=torch.contiguous_format) if left else form
         self.folded: list[tuple[str, str]] = []
         self.prepared: list[str] = []
         self.relus = self.sums = 0
         self.built: dict[str, Any] = {}  # what the new graph names
         self.constants: Constants = []
         self._made: dict[Any, str] = {}
+        self._renamed: dict[str, str] = {}  # what the model calls the tensors that have names of their own here
         self._copies: dict[nn.Module, nn.Module] = {}
         self._drop_what_does_nothing()
+        no_overwriting(self.graph, self.named)
         self._freeze_convolutions()
         self._keep_the_rest()
         self._fuse_relus()
@@ -95,7 +115,7 @@ class _Rewriter:
 
     def report(self) -> Report:
         return Report(
-            folded=tuple((_short(norm), _short(conv)) for norm, conv in self.folded),
+            folded=tuple(dict.fromkeys((_short(norm), _short(conv)) for norm, conv in self.folded)),
             relus=self.relus,
             sums=self.sums,
             prepared=tuple(_short(name) for name in self.prepared),
@@ -113,7 +133,7 @@ class _Rewriter:
     def _drop_what_does_nothing(self) -> None:
         for node in list(self.graph.nodes):
             module = self._module(node)
-            if module is not None and type(module) in _NOTHING and len(node.args) == 1 and first_input(node):
+            if type(module) in _NOTHING and len(node.args) == 1 and first_input(node) and not has_hooks(module):
                 self._replace(node, node.args[0])
 
     def _freeze_convolutions(self) -> None:
@@ -122,7 +142,7 @@ class _Rewriter:
             layer = self._module(node)
             if layer is None or not isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
                 continue
-            reason = why_not(layer)
+            reason = why_not(layer) or ("it is called with more than its input" if node.kwargs else None)
             if reason is not None:
                 self.left[node.target] = reason
                 continue
@@ -147,14 +167,15 @@ class _Rewriter:
             return None, None
         given = _SIGNATURE.bind(*node.args, **node.kwargs)
         given.apply_defaults()
-        names = [given.arguments[name] for name in ("running_mean", "running_var", "weight", "bias")]
-        tensors = [name and self.named.get(str(getattr(name, "target", ""))) for name in names]
-        if given.arguments["training"] or not all(value is None or isinstance(value, Tensor) for value in tensors):
+        nodes = [given.arguments[name] for name in ("running_mean", "running_var", "weight", "bias")]
+        if given.arguments["training"] or nodes[0] is None or not isinstance(given.arguments["eps"], float):
             return None, None
-        if tensors[0] is None:
+        if any(node is not None and getattr(node, "op", None) != "get_attr" for node in nodes):
             return None, None
-        statistics = Statistics(*tensors, given.arguments["eps"])  # type: ignore[arg-type, call-arg]
-        return str(names[0].target).rpartition(".")[0], statistics
+        tensors = [None if node is None else self.named[str(node.target)] for node in nodes]
+        mean = str(nodes[0].target)
+        name = self._renamed.get(mean, mean).rpartition(".")[0]
+        return name, Statistics(*tensors, given.arguments["eps"])  # type: ignore[arg-type, call-arg]
 
     def _name(self, wanted: str, key: object) -> str:
         """A name for what is made of `key`: the same one for the same key."""
@@ -169,44 +190,49 @@ class _Rewriter:
         """Modules that prepare themselves, and copies with constant weights of all others."""
         weights = set() if self.form.dtype is None else cast_functions(self.graph, self.named, self.form.dtype)
         for node in self.graph.nodes:
-            name, norm = self._norm(node)
+            norm_name, norm = self._norm(node)
             if isinstance(norm, Statistics):
-                self.left[str(name)] = self._why_not_folded(node, norm)
+                self.left[str(norm_name)] = self._why_not_folded(node, norm)
             if node.op not in ("call_module", "get_attr") or node.target in self.built:
                 continue
             thing = self.named[node.target]
             if isinstance(thing, Tensor):
-                self.built[node.target] = self._constant(thing, self.form.dtype if node.target in weights else None)
+                dtype = self.form.dtype if node.target in weights else None
+                name = self._name(f"constant_{str(node.target).replace('.', '_')}", thing)
+                self.named[name] = thing
+                if name not in self.built:
+                    self.built[name] = self._constant(thing, dtype)
+                self._renamed[name] = node.target
+                node.target = name
                 continue
             if isinstance(thing, _NORMALISATION):
                 self.left.setdefault(node.target, self._why_not_folded(node, thing))
-            self.built[node.target] = self._copy(thing)
-            if self._is_converted(thing):
-                self.built[node.target] = InDtype(self.built[node.target], self.form.dtype)  # type: ignore[arg-type]
+            self.built[node.target] = self._kept(thing)
             if hasattr(type(thing), "prepare_for_attack"):
                 self.prepared.append(node.target)
 
-    def _is_converted(self, module: nn.Module) -> bool:
-        """Whether the module is left alone but for weights in another dtype."""
-        alone = not isinstance(module, _NORMALISATION) and not hasattr(type(module), "prepare_for_attack")
-        return self.form.dtype is not None and alone and next(module.parameters(), None) is not None
+    def _kept(self, module: nn.Module) -> nn.Module:
+        """What stands in the graph for a module that is no convolution."""
+        if hasattr(type(module), "prepare_for_attack") and not has_hooks(module):
+            if module not in self._copies:
+                self._copies[module] = module.prepare_for_attack(self.form)  # type: ignore[operator]
+            return self._copies[module]
+        copied = self._copy(module)
+        # Normalisation takes 16-bit inputs with statistics and weights in float32. Nothing is known of others.
+        if self.form.dtype is None or isinstance(module, _NORMALISATION) or next(module.parameters(), None) is None:
+            return copied
+        return InDtype(copied, torch.float32)
 
     def _copy(self, module: nn.Module) -> nn.Module:
         """The module with constant weights, its parts likewise; buffers are the module's own."""
-        if module in self._copies:
-            return self._copies[module]
-        if hasattr(type(module), "prepare_for_attack"):
-            self._copies[module] = module.prepare_for_attack(self.form)  # type: ignore[operator]
-        elif why_not(module) is None:
-            self._copies[module] = freeze(module, None, self.form)
-        else:
+        if isinstance(module, torch.jit.ScriptModule):
+            return module
+        if module not in self._copies:
             same = self._copies[module] = type(module).__new__(type(module))  # copy.copy: not all modules permit it
             same.__dict__ = dict(module.__dict__)
             same._modules = {name: None if part is None else self._copy(part) for name, part in module._modules.items()}
-            # Normalisation takes 16-bit inputs with statistics and weights in float32, and is the better for it.
-            dtype = None if isinstance(module, _NORMALISATION) else self.form.dtype
             same._parameters = {
-                name: None if value is None else self._constant(value, dtype)
+                name: None if value is None else self._constant(value, None)
                 for name, value in module._parameters.items()
             }
         return self._copies[module]
@@ -236,10 +262,11 @@ class _Rewriter:
             if not is_relu(node, self.named):
                 continue
             read = first_input(node)
-            if read is None or (writes_input(node, self.named) and len(read.users) > 1):
+            if read is None or (writes_input(node, self.named) and not self._own(read)):
                 continue
             operands: tuple[Any, ...] = (read,)
             summed = is_sum(read) and len(read.users) == 1
+            summed = summed and (not writes_input(read, self.named) or self._own(read.args[0]))
             if summed:
                 operands = tuple(read.args)
                 self.sums += 1
@@ -274,11 +301,22 @@ class _Rewriter:
             read = first_input(node)
             if not getattr(built, "takes_skip", False) or not is_sum(read) or len(read.users) > 1:  # type: ignore[union-attr]
                 continue
+            if writes_input(read, self.named) and not self._own(read.args[0]):  # type: ignore[arg-type, union-attr]
+                continue
             a, b = read.args if self._fresh(read.args[0]) else read.args[::-1]  # type: ignore[union-attr]
             if self._fresh(a):
                 node.args = (a, b)
                 self.graph.erase_node(read)  # type: ignore[arg-type]
                 self.sums += 1
+
+    def _own(self, node: Any) -> bool:
+        """Whether one node alone reads the output, and it is no view of anything, so that a write into it is unseen."""
+        if len(node.users) > 1:
+            return False
+        if is_sum(node):
+            return not writes_input(node, self.named) or self._own(node.args[0])
+        built = self.built.get(str(node.target)) if node.op == "call_module" else None
+        return isinstance(built, (FrozenConv, *_NORMALISATION)) or node.target is F.batch_norm
 
     def _fresh(self, node: Any) -> bool:
         """Whether the node's output may be overwritten: a convolution's that one node reads, and once."""
@@ -298,7 +336,9 @@ def _short(name: str) -> str:
 
 def _summed(a: Tensor, b: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor | None, bool]:
     """Operands that the fused operation takes: where shapes or dtypes differ, the sum is made first."""
-    if b is None or (a.shape == b.shape and a.dtype == b.dtype):
+    if b is None:
+        return a, None, inplace
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype:
         return a, b, inplace
     return a + b, None, False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -27,14 +28,33 @@ class _Caller(nn.Module):
         return self.model(images)
 
 
+class _Proxy(fx.Proxy):
+    """One that sees what is written in place: plain ones take ``y += x`` for ``y = y + x``."""
+
+
+def _record(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.imod}
+for _function in _IN_PLACE:
+    setattr(_Proxy, f"__{_function.__name__}__", _record(_function))
+
+
 class _Tracer(fx.Tracer):
     """Goes into every module of a user's; one that cannot be traced stays whole, and only it."""
 
     proxy_buffer_attributes = True  # or what is computed from them would be a constant
 
-    def __init__(self) -> None:
+    def __init__(self, whole: dict[str, str]) -> None:
         super().__init__()
-        self.whole: dict[str, str] = {}
+        self.whole = whole
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.whole or hasattr(type(m), "prepare_for_attack"):
@@ -54,40 +74,98 @@ class _Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:  # whatever a module does with what is not a tensor
             name = self.path_of_module(m)
-            self.whole[name] = f"it cannot be traced ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+            self.whole[name] = f"it cannot be traced ({type(error).__name__}: {first_line(error)})"
             self.module_stack = stack
             for node in reversed(list(self.graph.nodes)[before:]):
                 self.graph.erase_node(node)
             return self.create_proxy("call_module", name, args, kwargs)
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        for name, proxy in list(parameter_proxy_cache.items()):
+            if proxy.node._erased:  # with the module that could not be traced
+                del parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, nn.Module | Tensor], dict[str, str]]:
+
+def first_line(error: BaseException) -> str:
+    """What an exception says first, or its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def trace(model: nn.Module, whole: dict[str, str]) -> tuple[fx.Graph, dict[str, nn.Module | Tensor], dict[str, str]]:
     """The model's graph, the modules and tensors that it names, and why which of the modules were kept whole.
 
     Every name begins with `ROOT`. The graph has one placeholder, the images.
+
+    Args:
+        whole: modules not to look into, and why.
     """
-    caller, tracer = _Caller(model), _Tracer()
-    graph = tracer.trace(caller)
+    whole = dict(whole)
+    while True:
+        # A model may store what it computes, and that must not be what the tracer puts in its place.
+        twin = _Caller(_twin(model, {}))
+        tracer = _Tracer(whole)
+        graph = tracer.trace(twin)
+        stored = {name: "it stores what it computes" for name, part in twin.named_modules() if _holds_proxies(part)}
+        written = any(writes_input(node, {}) and _is_made_up(first_input(node), model) for node in graph.nodes)
+        if written:
+            stored[ROOT] = "it writes into tensors that it makes"
+        if not stored.keys() - whole.keys():
+            break
+        whole |= stored
     for node in reversed(graph.nodes):
         if node.target is torch._assert:  # of shapes, while it was traced; whoever reads them is no reader of values
             graph.erase_node(node)
+    caller = _Caller(model)
     named: dict[str, nn.Module | Tensor] = {}
     for node in graph.nodes:
         if node.op == "call_module":
-            named[str(node.target)] = caller.get_submodule(node.target)
+            named[node.target] = caller.get_submodule(node.target)
         elif node.op == "get_attr":
-            named[str(node.target)] = operator.attrgetter(node.target)(caller)
-    _no_overwriting(graph, named)
+            made = getattr(twin, node.target, None)  # a constant that the tracer has put there
+            named[node.target] = made if isinstance(made, Tensor) else operator.attrgetter(node.target)(caller)
+        elif node.op == "call_method" and node.target == "view" and not any(map(_is_dtype, node.args)):
+            node.target = "reshape"  # of tensors in another memory format than the model's
     drop_unused(graph, named)
-    whole = {name: reason for name, reason in tracer.whole.items() if name in named}
-    return graph, named, whole
+    return graph, named, {name: reason for name, reason in whole.items() if name in named}
+
+
+def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy that shares tensors, but not what it keeps them in."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
+    if module not in twins:
+        twin = twins[module] = type(module).__new__(type(module))
+        twin.__dict__ = {name: _own(value, module, twin) for name, value in module.__dict__.items()}
+        twin._modules = {name: None if part is None else _twin(part, twins) for name, part in module._modules.items()}
+    return twins[module]
+
+
+def _own(value: Any, module: nn.Module, twin: nn.Module) -> Any:
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return MethodType(value.__func__, twin)
+    return type(value)(value) if type(value) in (dict, list, set) else value
+
+
+def _holds_proxies(module: nn.Module) -> bool:
+    values = [*module.__dict__.values(), *module._buffers.values()]
+    inside = [item for value in values if isinstance(value, (list, tuple, set)) for item in value]
+    return any(isinstance(value, fx.Proxy) for value in [*values, *inside])
+
+
+def _is_made_up(node: fx.Node | None, model: nn.Module) -> bool:
+    """Whether the node names a tensor that the model made while it was traced."""
+    return node is not None and node.op == "get_attr" and not str(node.target).startswith(f"{ROOT}.")
+
+
+def _is_dtype(value: object) -> bool:
+    return isinstance(value, torch.dtype)
 
 
 # ---- what nodes are ---------------------------------------------------------------------------------------
 
 _RELU = {F.relu, torch.relu, F.relu_, torch.relu_, "relu", "relu_"}
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__"}
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.imod}
 
 
 def is_relu(node: fx.Node, named: dict[str, Any]) -> bool:
@@ -107,7 +185,7 @@ def is_sum(node: object) -> bool:
 def writes_input(node: fx.Node, named: dict[str, Any]) -> bool:
     """Whether the node overwrites its first argument."""
     if node.op == "call_module":
-        return bool(getattr(named[str(node.target)], "inplace", False))
+        return bool(getattr(named.get(str(node.target)), "inplace", False))
     if node.op == "call_method":
         name = str(node.target)
         return name == "__iadd__" or (name.endswith("_") and not name.endswith("__"))
@@ -129,7 +207,7 @@ def first_input(node: fx.Node) -> fx.Node | None:
     return found if isinstance(found, fx.Node) else None
 
 
-def _no_overwriting(graph: fx.Graph, named: dict[str, Any]) -> None:
+def no_overwriting(graph: fx.Graph, named: dict[str, Any]) -> None:
     """Let whoever reads a tensor after it was overwritten name the node that did it."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:

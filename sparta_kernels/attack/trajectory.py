@@ -44,7 +44,7 @@ class PGDResult:
 
 
 class Trajectory:
-    """The checked arguments of an attack, which can be run from several starts. Errors as in `pgd`."""
+    """The checked arguments of an attack, which can be run from several starts. Errors as in `pgd`, or `where`."""
 
     def __init__(
         self,
@@ -52,6 +52,7 @@ class Trajectory:
         images: Tensor,
         labels: Tensor,
         *,
+        where: str,
         eps: float,
         step_size: float,
         steps: int,
@@ -63,7 +64,6 @@ class Trajectory:
         precision: str | None,
         engine: str,
     ) -> None:
-        where = "pgd"
         checks.model(where, model, images)
         self.images = checks.images(where, images)
         self.labels = checks.integers(where, "labels", labels, images)
@@ -84,7 +84,7 @@ class Trajectory:
         if len(indices) and int(self.indices.min()) < 0:
             raise ValueError(f"{where}: indices must be >= 0, got {int(self.indices.min())}")
         self.asked = checks.choice(where, "engine", engine, engines.ENGINES)
-        self.model = _in_precision(model, precision, engine)
+        self.model = _in_precision(where, model, precision, engine)
         self.engine = engines.choose(engine, self.model, images.device)
 
     def run(self, restart: int, reported: tuple[int, ...] | None, progress: Callable[[int], None] | None) -> PGDResult:
@@ -117,13 +117,16 @@ class Trajectory:
                 if progress is not None:
                     progress(k)
             adversarial = torch.empty_like(self.images).copy_(loop.adversarial)
+            losses = _without_nan(torch.stack(seen)) if seen else self.images.new_zeros(0, len(self.images))
+            if not bool(loop.finite):
+                raise ValueError("pgd: model must have finite gradients, got NaN or infinity")
         (goals,) = chosen
         return PGDResult(
             adversarial,
             goals if self.step.targeted else None,
             predictions,
             {k: predicted == goals for k, predicted in predictions.items()} if self.step.targeted else {},
-            _without_nan(torch.stack(seen)) if seen else self.images.new_zeros(0, len(self.images)),
+            losses,
             self.engine,
         )
 
@@ -154,16 +157,16 @@ class Trajectory:
         return targets
 
 
-def _in_precision(model: nn.Module, precision: str | None, engine: str) -> nn.Module:
+def _in_precision(where: str, model: nn.Module, precision: str | None, engine: str) -> nn.Module:
     """The model, prepared where `precision` or `engine` needs it."""
     if precision is not None:
-        check_precision("pgd", precision, model)
+        check_precision(where, precision, model)
     if not isinstance(model, Prepared):
         plain = precision in (None, "fp32") and engine in ("auto", "eager")
         return model if plain else prepare(model, precision=precision or "fp32")
     if precision not in (None, model.precision):
         raise ValueError(
-            f"pgd: precision must be the prepared model's, {model.precision!r}, or None, got {precision!r}"
+            f"{where}: precision must be the prepared model's, {model.precision!r}, or None, got {precision!r}"
         )
     return model
 

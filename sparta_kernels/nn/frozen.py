@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ops.frozen import frozen_convolution
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Form(NamedTuple):
@@ -110,35 +110,41 @@ class FrozenConv(_Frozen):
     """A convolution with constant weights, in 1, 2 or 3 dimensions, transposed or not; `norm` is folded into it."""
 
     def __init__(self, conv: Any, norm: Any, form: Form) -> None:
-        self._planar_weight: Tensor | None = None
+        self.planar_weight: Tensor | None = None
         super().__init__(conv, norm, form)
         output_padding = getattr(conv, "output_padding", None) or (0,) * len(conv.stride)
         self.geometry = (conv.stride, _padding(conv), conv.dilation, conv.transposed, output_padding, conv.groups)
+        if form.memory_format == torch.channels_last and self._better_planar():
+            del self.planar_weight
+            self.register_buffer(
+                "planar_weight", self.weight.detach().clone(memory_format=torch.contiguous_format), False
+            )
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._better_planar(x):
-            return frozen_convolution(x, self.weight, self.bias, *self.geometry)
-        if self._planar_weight is None:
-            self._planar_weight = self.weight.contiguous()
-        y = frozen_convolution(x.contiguous(), self._planar_weight, self.bias, *self.geometry)
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() < self.weight.dim():  # an image by itself
+            return self(input.unsqueeze(0)).squeeze(0)
+        if self.planar_weight is None or not _few_pixels(input):
+            return frozen_convolution(input, self.weight, self.bias, *self.geometry)
+        y = frozen_convolution(input.contiguous(), self.planar_weight, self.bias, *self.geometry)
         return y.contiguous(memory_format=torch.channels_last)
 
+    @torch.no_grad()
     def refresh(self) -> None:
         super().refresh()
-        self._planar_weight = None
+        if self.planar_weight is not None:
+            self.planar_weight.copy_(self.weight)
 
-    def _better_planar(self, x: Tensor) -> bool:
-        """Whether to leave channels_last for this convolution: on a CPU for many channels of very few pixels.
+    def _better_planar(self) -> bool:
+        """Whether to leave channels_last for images of few pixels: on a CPU, and for many channels.
 
-        Its kernels take a row of pixels at a time. For 512 channels of 4x4 pixels the way there and back, and the
-        other kernels, take 0.64 to 0.88 of the time (oneDNN 3.x, Zen 5, batch 32 to 256); from 6x6 on, and for 256
-        channels, they take more.
+        The kernels take a row of pixels at a time. For 512 channels of 4x4 pixels the way there and back, and the
+        other kernels, take 0.64 to 0.88 of the time (oneDNN 3.x, Zen 5, batch 32 to 256); from 6x6 pixels on, and for
+        256 channels, they take more.
         """
-        if x.device.type != "cpu" or x.dim() != 4 or max(x.shape[2:]) > 4 or min(self.weight.shape[:2]) < 512:
+        weight, (stride, _, _, transposed, *_) = self.weight, self.geometry
+        if weight.device.type != "cpu" or weight.dim() != 4 or min(weight.shape[:2]) < 512:
             return False
-        stride, _, _, transposed, *_ = self.geometry
-        many = self.weight.shape[2] > 1 and max(stride) == 1 and not transposed
-        return many and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        return weight.shape[2] > 1 and max(stride) == 1 and not transposed
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {self.weight.dtype}, {'shared' if self.shared else 'own'} weights"
@@ -150,10 +156,15 @@ class FrozenLinear(_Frozen):
     def __init__(self, linear: nn.Linear, form: Form) -> None:
         super().__init__(linear, None, form)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.to(self.weight.dtype), self.weight, self.bias)
 
     extra_repr = FrozenConv.extra_repr
+
+
+def _few_pixels(x: Tensor) -> bool:
+    """Whether images in channels_last are of so few pixels that `FrozenConv` leaves that format."""
+    return max(x.shape[2:]) <= 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _padding(conv: Any) -> Sequence[int]:
