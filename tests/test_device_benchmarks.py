@@ -433,7 +433,7 @@ def test_no_gpu(modules, monkeypatch, capsys, name):
     [
         ("ops", ["--candidates", "triton"], "argument --candidates: triton has no kernels for cpu here"),
         ("ops", ["--candidates", "triton_kernel"], "argument --candidates: triton_kernel has no kernels for cpu here"),
-        ("attack", ["--candidates", "triton"], "argument --candidates: triton has no kernels for cpu here"),
+        ("attack", ["--backends", "triton"], "argument --backends: triton has no kernels for cpu here"),
         ("attack", ["--steps", "2"], "argument --steps: must be at least 3, got 2"),
         ("sanitize_ops", ["--backend", "triton"], "argument --backend: triton has no kernels for cpu here"),
     ],

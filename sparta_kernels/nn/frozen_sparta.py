@@ -63,7 +63,8 @@ class FrozenSparta(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         x = x.to(self.conv1.weight.dtype)  # type: ignore[arg-type]
         if skip is not None:
-            x = x.add_(skip) if skip.dtype == x.dtype and skip.shape == x.shape else x + skip
+            alike = isinstance(skip, Tensor) and skip.dtype == x.dtype and skip.shape == x.shape
+            x = x.add_(skip) if alike else x + skip
         h1 = add_relu(self.conv1(x), inplace=True)
         if self.kernel_size == 1:
             channel = self.conv2(_PixelMean.apply(h1)).flatten(1)
