@@ -9,9 +9,12 @@ import sys
 
 import pytest
 import torch
+import typer
 from terminal import _few_images, _one_thread, one_line, run, store_network  # noqa: F401 (fixtures)
+from torch._inductor.exc import InductorError
 
 from sparta_kernels import cli, data, evaluation, report, training
+from sparta_kernels.commands import launch, options
 from sparta_kernels.training import loop
 
 TRAIN = [
@@ -280,3 +283,96 @@ def test_runs_as_a_program(tmp_path):
     assert result.returncode == 2
     assert result.stderr.startswith("sparta: Invalid value for CHECKPOINTS: ")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "expected"), [("cuda", None, 0), ("cuda:1", None, 1), ("cuda", 1, 1), ("cuda:1", 1, None)]
+)
+def test_the_device_is_made_the_current_one(monkeypatch, name, rank, expected):
+    def set_device(device):
+        assert device.index is not None  # torch refuses it
+        current.append(device)
+
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    if rank is not None:
+        monkeypatch.setattr(launch, "here", lambda: launch.Launch(rank, 2, rank, 2))
+    if expected is None:
+        with pytest.raises(typer.BadParameter, match="must be cuda under torchrun"):
+            options.device(name, 1)
+        assert current == []
+    else:
+        assert options.device(name, 1) == torch.device("cuda", expected)
+        assert current == [torch.device("cuda", expected)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes a pipe as POSIX does")
+def test_results_are_saved_though_nobody_reads_the_table(checkpoint, tmp_path):
+    for command, files in [
+        (["train", tmp_path / "net", *TRAIN, "--epochs", 1, "--batch-size", 512, "--attack", "none"], ["train.json"]),
+        (
+            ["evaluate", checkpoint, "--steps", 1, "--limit", 4, "--plot", tmp_path / "a.png"],
+            ["evaluate.json", "a.png"],
+        ),
+    ]:
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [
+            sys.executable,
+            "-m",
+            "sparta_kernels.cli",
+            *map(str, command),
+            "--threads",
+            "1",
+            "--json",
+            tmp_path / files[0],
+        ]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+        os.close(writer)
+        assert done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr
+        assert json.loads((tmp_path / files[0]).read_text())["results"]
+        assert all((tmp_path / file).exists() for file in files)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\n to"),
+            "CUDA out of memory. Tried to; try a smaller --batch-",
+        ),
+        (
+            RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9"),
+            "memory: 9; try a smaller --batch-size",
+        ),
+        (MemoryError(), "MemoryError; try a smaller --batch-size"),
+        (InductorError(RuntimeError("no compiler"), lambda: 0), "torch.compile failed: "),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_line(checkpoint, tmp_path, capsys, monkeypatch, error, words):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    monkeypatch.setattr(training, "train", fail)
+    for command in (["evaluate", checkpoint], ["train", tmp_path / "net"]):
+        code, err = one_line(command, capsys)
+        assert (code, err.splitlines()[-1].startswith("sparta: ")) == (1, True)
+        assert words in err.splitlines()[-1]
+        assert "Traceback" not in err
+    assert ("--engine eager" in err) == isinstance(error, InductorError)
+
+
+def test_names_are_no_markup(tmp_path):
+    path = tmp_path / "net[bold]:star:.safetensors"
+    result = run("train", path, *TRAIN, "--epochs", 1, "--attack", "none")
+    assert f"{path.name}: 1 epochs" in result.stdout.replace("\n", ""), result.output
+    result = run("evaluate", path, path, "--steps", 1, "--limit", 4)
+    assert result.exit_code == 0, result.output
+    assert path.name in result.stdout.replace("\n", "")
+    (tmp_path / "other").write_bytes(path.read_bytes())
+    result = run("evaluate", path, tmp_path / "other", "--steps", 1, "--limit", 4)
+    assert f" {path.stem} " in result.stdout
+    assert f"{path.stem}, auto (" in result.stderr

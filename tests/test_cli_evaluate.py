@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ import torch
 from safetensors.torch import save_file
 from terminal import _few_images, _one_thread, one_line, run, store_network  # noqa: F401 (fixtures)
 
-from sparta_kernels import data, evaluation, training
+from sparta_kernels import cli, data, evaluation, training
+from sparta_kernels.commands import evaluate as evaluate_command
+from sparta_kernels.commands import launch
 from sparta_kernels.evaluation import batches
 from sparta_kernels.training import checkpoint as checkpoint_module
 
@@ -169,7 +172,7 @@ def test_a_network_that_gives_nan(tmp_path, capsys):
 def test_killed_and_resumed(checkpoint, tmp_path):
     """A real process, ended in mid-run with no chance to tidy up."""
     path, whole = tmp_path / "found.npz", tmp_path / "whole.npz"
-    settings = ["--limit", "24", "--batch-size", "4", "--steps", "60", "--report-at", "1,60", "--threads", "1"]
+    settings = ["--limit", "24", "--batch-size", "4", "--steps", "30", "--report-at", "1,30", "--threads", "1"]
     command = [sys.executable, "-m", "sparta_kernels.cli", "evaluate", str(checkpoint), *settings]
     with subprocess.Popen([*command, "--outcomes", str(path)], stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 300
@@ -291,3 +294,95 @@ def test_ctrl_c_during_an_evaluation(checkpoint, tmp_path, capsys, monkeypatch):
     stop_at = 0
     assert run(*command, "--outcomes", path, "--resume").exit_code == 0
     assert json.loads((tmp_path / "out.json").read_text())["results"][0]["attacked"] == 24
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), RuntimeError("a bug")])
+def test_a_later_network_s_failure_leaves_the_results_before(checkpoint, tmp_path, capsys, monkeypatch, error):
+    evaluate, calls, files = evaluation.evaluate, [], ("out.json", "plot.png")
+
+    def fail(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2  # whatever comes
+            raise error
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(checkpoint.read_bytes())
+    command = ["evaluate", checkpoint, other, "--backend", "auto", "--backend", "reference", "--steps", 1, "--limit", 4]
+    command += ["--json", tmp_path / "out.json", "--plot", tmp_path / "plot.png"]
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError, match="a bug"):
+            cli.main([str(argument) for argument in command])
+        printed = capsys.readouterr()
+    else:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in command])
+        printed = capsys.readouterr()
+        told = {130: "sparta: interrupted; nothing of other, auto (", 1: "sparta: other, auto ("}
+        assert printed.err.splitlines()[-1].startswith(told[stop.value.code])
+    assert [row["model"] for row in json.loads((tmp_path / "out.json").read_text())["results"]] == ["net", "net"]
+    assert all((tmp_path / file).exists() for file in files)
+    assert printed.out.count(" net ") == 2
+    calls.clear()
+    with pytest.raises((SystemExit, RuntimeError)):
+        cli.main([str(argument) for argument in [*command[:-4], "--json", "-"]])
+    assert len(json.loads(capsys.readouterr().out)["results"]) == 2
+
+
+def test_a_backend_named_twice_is_run_once(checkpoint, tmp_path):
+    found = ["--outcomes", tmp_path / "found.npz", "--json", "-"]  # a file: it is one run
+    twice = ["--backend", "reference", "--backend", "reference"]
+    result = run("evaluate", checkpoint, "--steps", 1, "--limit", 4, *twice, *found)
+    assert [row["backend"] for row in json.loads(result.stdout)["results"]] == ["reference"], result.output
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_one_file_for_two_networks_is_refused(checkpoint, tmp_path, capsys, monkeypatch, there):
+    monkeypatch.setattr(evaluation, "evaluate", None)  # never reached
+    (tmp_path / "b").mkdir()
+    paths = [tmp_path / "net.safetensors", tmp_path / "b" / "net.safetensors", tmp_path / "net-1.safetensors"]
+    for path in paths:
+        path.write_bytes(checkpoint.read_bytes())
+    folder = tmp_path / "outcomes"
+    if there:
+        folder.mkdir()
+    code, err = one_line(["evaluate", *paths, "--outcomes", folder], capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"--outcomes: would have one file for {paths[0]} and {paths[2]}: {folder / 'net-1.auto.npz'}" in err
+    assert folder.exists() == there
+
+
+def test_what_other_processes_left_is_not_run_over(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", None)  # never reached
+    part = tmp_path / "found.npz.part1"
+    part.write_bytes(b"x")
+    code, err = one_line(["evaluate", checkpoint, "--outcomes", tmp_path / "found.npz"], capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"--outcomes: {part} exists; add --resume or --overwrite" in err
+
+
+def test_progress_where_nothing_can_be_drawn(checkpoint, monkeypatch):
+    monkeypatch.setattr(evaluate_command, "_SECONDS_BETWEEN_LINES", 0)
+    result = run("evaluate", checkpoint, "--steps", 2, "--limit", 8, "--batch-size", 4)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("net, auto (")]
+    assert "): 4 of 8 images, 4 of 8 passes clean " in lines[5], lines  # a line for each pass, and for each batch
+    assert "): 8 of 8 images, 8 of 8 passes clean " in lines[-1]
+    assert "images/s" in lines[-1]
+    monkeypatch.setattr(evaluate_command, "_SECONDS_BETWEEN_LINES", 1e9)
+    result = run("evaluate", checkpoint, "--steps", 2, "--limit", 8, "--batch-size", 4)
+    assert 0 < result.stderr.count("passes") < 3  # at least the end is told
+
+
+def test_one_process_tells_that_parity_fails(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "process_group", lambda _: nullcontext())
+    parity_of = evaluation.result.parity
+    monkeypatch.setattr(
+        evaluation.result, "parity", lambda *given: dataclasses.replace(parity_of(*given), differences={1: -1.5})
+    )
+    command = ["evaluate", checkpoint, "--precision", "bf16", "--steps", 1, "--limit", 4, "--threads", 1]
+    for rank in (0, 1):
+        monkeypatch.setattr(launch, "here", lambda rank=rank: launch.Launch(rank, 2, rank, 2))
+        code, err = one_line(command, capsys)
+        assert (code, "parity" in err) == (1, rank == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from contextlib import nullcontext
 
@@ -241,6 +242,30 @@ def test_peak_memory_is_that_of_the_stretch():
     torch.ones(60_000_000)  # 240 MB, gone at once
     assert 200e6 < before.bytes() - base < 400e6
     assert memory.PeakMemory(torch.device("cpu")).bytes() < base + 100e6
+
+
+@pytest.mark.parametrize(("engine", "counted"), [("graph", True), ("eager", False)])
+def test_a_graph_s_memory_is_that_of_its_capture(model, images, labels, monkeypatch, engine, counted):
+    """Which is in the first call; for other engines that is not the attack's own."""
+    done = []
+
+    class Measured:
+        def __init__(self, _):
+            self.from_the_start = not done
+
+        def bytes(self):
+            return int(self.from_the_start)
+
+    def warm_up(*given):
+        found = before(*given)
+        done.append(1)
+        return dataclasses.replace(found, engine=found.engine._replace(name=engine))
+
+    before = batches.Attacker.warm_up
+    monkeypatch.setattr(batches.Attacker, "warm_up", warm_up)
+    monkeypatch.setattr("sparta_kernels.evaluation.run.PeakMemory", Measured)
+    found = evaluate(model, images, labels, **SETTINGS, batch_size=5)
+    assert (found.engine, found.peak_memory) == (engine, int(counted))
 
 
 def test_peak_memory_is_none_where_it_cannot_be_reset(model, images, labels, monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import pickle
 import resource
 import sys
@@ -15,7 +16,9 @@ from torch import nn
 
 from sparta_kernels.attack import pgd
 from sparta_kernels.evaluation import Outcomes, OutcomesError, evaluate, outcomes
+from sparta_kernels.evaluation.digest import model_digest
 from sparta_kernels.evaluation.processes import Processes
+from sparta_kernels.nn import Sparta
 
 CLASSES, IMAGES = 4, 10
 SETTINGS = {"eps": 0.2, "step_size": 0.05, "steps": 3, "report_at": (1, 3), "batch_size": 4, "seed": 5}
@@ -229,6 +232,42 @@ def test_other_images_weights_networks_and_threads_are_refused(model, images, la
     evaluate(network(), images, labels, **half)
 
 
+class Scaled(nn.Module):
+    """A factor that no state dict holds, and one that it holds as it is."""
+
+    def __init__(self, factor=2.0, extra=1):
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(factor), persistent=False)
+        self.extra = extra
+
+    def get_extra_state(self):
+        return {"extra": self.extra}
+
+    def set_extra_state(self, state):
+        self.extra = state["extra"]
+
+    def forward(self, x):
+        return self.extra * self.factor * x
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda: nn.LeakyReLU(0.1), lambda: nn.LeakyReLU(0.9)),
+        (lambda: nn.MaxPool2d(2, stride=1), lambda: nn.MaxPool2d(2, stride=2)),
+        (Scaled, lambda: Scaled(3.0)),
+        (Scaled, lambda: Scaled(extra=2)),
+        (lambda: Sparta(4, share=1), lambda: Sparta(4, share=2)),
+    ],
+)
+def test_networks_with_equal_weights_are_told_apart(one, other):
+    found = []
+    for make in (one, one, other):
+        torch.manual_seed(0)
+        found.append(model_digest(make()))
+    assert found[0] == found[1] != found[2]
+
+
 def test_an_engine_that_is_another_by_now(model, images, labels, half):
     """ "auto" may choose another one, after an update of torch, say."""
     stored = Outcomes.load(half["outcomes"])
@@ -352,6 +391,30 @@ def test_a_full_disk(images, labels, path, tmp_path):
     assert Outcomes.load(path).arrays["done"].tolist() == [True] * 4 + [False] * 6
     evaluate(model, images, labels, **SETTINGS, outcomes=path, resume=True)
     assert path.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def test_that_nothing_can_be_written_is_said_once(model, images, labels, path, monkeypatch):
+    """In mid-run, when the folder cannot even take a new file."""
+
+    def lock(progress):
+        if progress.images == 4:
+            monkeypatch.setattr(pathlib.Path, "touch", refuse)
+
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"^cannot write [^ ]*found\.npz: No space left on device$"):
+        evaluate(model, images, labels, **SETTINGS, outcomes=path, progress=lock)
+
+
+def test_what_killed_processes_were_writing_is_removed(model, images, labels, half):
+    folder = half["outcomes"].parent
+    stale = [".found.npz.0a1b2c3d.tmp", ".found.npz.part12.0a1b2c3d.tmp"]
+    others = [".other.npz.0a1b2c3d.tmp", ".found.npz.tmp", ".found.npz.mine.tmp"]
+    for name in (*stale, *others):
+        (folder / name).write_bytes(b"x")
+    evaluate(model, images, labels, **half)
+    assert sorted(os.listdir(folder)) == sorted([*others, half["outcomes"].name])
 
 
 # ---- several processes (test_sharded_evaluation.py has real ones) ----

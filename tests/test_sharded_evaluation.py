@@ -114,7 +114,7 @@ def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_killed_processes_are_taken_up_by_one(checkpoint, tmp_path):
-    steps = ["--steps", "30", "--report-at", "5,30", *EVALUATE]
+    steps = ["--steps", "15", "--report-at", "5,15", *EVALUATE]
     path = tmp_path / "found.npz"
     part = path.with_name("found.npz.part1")
     process = together(checkpoint, *steps, "--outcomes", path)
