@@ -376,3 +376,15 @@ def test_attack_on_a_gpu(modules, tmp_path, capsys):
         assert 0 < row["median_ms"] < 1e3
         assert row["memory"] > 0
     assert all(profile["ms"]["convolutions"] > 0 for profile in result["breakdown"].values())
+
+
+def test_products_are_set_where_the_compiler_reads_them(modules, monkeypatch):
+    """torch refuses to read its older settings once they differ from what its newer ones say."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    for precision in ("tf32", "fp32", "bf16"):
+        with modules["attack_candidates"]._products(precision):
+            assert [place.allow_tf32 for place in places] == [precision == "tf32"] * 2
+            assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else "highest")
+        assert [place.allow_tf32 for place in places] == before
