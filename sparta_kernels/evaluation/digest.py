@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +14,12 @@ def model_digest(model: nn.Module) -> str:
     for name, module in model.named_modules():
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         digest.update(f"{name} {kind} {module.extra_repr()}\n".encode())
-    # Buffers once more: a state dict lacks those that are not persistent. Its other entries may be anything.
-    for name, value in chain(model.state_dict().items(), model.named_buffers()):
+    for name, value in model.state_dict().items():
         digest.update(f"{name}\n".encode())
-        if isinstance(value, Tensor):
-            _add(digest, value)
-        else:
-            digest.update(f"{value!r}\n".encode())
+        _add(digest, value)
+    for name, buffer in model.named_buffers():  # a state dict lacks those that are not persistent
+        digest.update(f"{name}\n".encode())
+        _add(digest, buffer)
     return digest.hexdigest()
 
 
@@ -33,7 +31,10 @@ def data_digest(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _add(digest: hashlib._Hash, tensor: Tensor) -> None:
-    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
+def _add(digest: hashlib._Hash, value: object) -> None:
+    if not isinstance(value, Tensor):  # a module's extra state may be anything
+        digest.update(f"{value!r}\n".encode())
+        return
+    digest.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
+    plain = value.detach().cpu().contiguous().reshape(-1)
     digest.update(plain.view(torch.uint8).numpy().data)
