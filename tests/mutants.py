@@ -61,7 +61,8 @@ LIBRARY, LAYOUT, NATIVE, OPS = (
     "sparta_kernels/ops",
 )
 
-EVALUATION = "sparta_kernels/evaluation"
+EVALUATION, ATTACK = "sparta_kernels/evaluation", "sparta_kernels/attack"
+PREPARE, RESTARTS, ENGINES = "tests/test_prepare.py", "tests/test_restarts.py", "tests/test_engines.py"
 KEPT, EVALUATED = "tests/test_outcomes.py", "tests/test_evaluation.py"
 ORDERS, MEMORY = "tests/test_emulated_cuda.py", "tests/test_memory.py"
 CUDA, TRITON = "csrc/cuda", "sparta_kernels/backends/triton"
@@ -139,6 +140,31 @@ FAULTS = [
     # An evaluation's outcomes: padding, what a resume takes over and refuses, fp32 predictions, the parity check.
     Fault(
         "outcome-padding", f"{EVALUATION}/batches.py", "values[: batch.real].cpu()", "values[-batch.real :].cpu()", KEPT
+    ),
+    Fault("fold-shift", "sparta_kernels/nn/frozen.py", "        shift *= scale\n", "", PREPARE),
+    Fault("fold-read", f"{ATTACK}/rewrite.py", "if len(node.users) == 1 else None", "if node.users else None", PREPARE),
+    Fault("fork-writes", f"{ATTACK}/rewrite.py", "and not self._own(read)):", "and False):", PREPARE),
+    Fault("refresh-constants", f"{ATTACK}/prepare.py", "        refresh_constants(self._constants)\n", "", PREPARE),
+    Fault(
+        "restart-worst",
+        f"{ATTACK}/trajectory.py",
+        "torch.where(taken, other.losses,",
+        "torch.where(~taken, other.losses,",
+        RESTARTS,
+    ),
+    Fault(
+        "graph-padding",
+        f"{ATTACK}/engines.py",
+        "captured[1].room < len(images)",
+        "captured[1].room != len(images)",
+        ENGINES,
+    ),
+    Fault(
+        "exact-forgotten",
+        f"{ATTACK}/trajectory.py",
+        "if wanted and exact is not None:",
+        "if wanted and False:",
+        RESTARTS,
     ),
     Fault("outcome-index", f"{EVALUATION}/batches.py", "indices=self.indices[rows]", "indices=rows", KEPT),
     Fault("outcome-parity", f"{EVALUATION}/outcomes.py", "(self.RESULTS, self.PARITY):", "(self.RESULTS,):", KEPT),

@@ -5,13 +5,14 @@ from .pgd import perturb, pgd
 from .prepare import PRECISIONS, Prepared, prepare
 from .presets import PRESETS, Preset, preset
 from .rewrite import Report
-from .trajectory import PGDResult
+from .trajectory import NotFinite, PGDResult
 
 __all__ = [
     "ENGINES",
     "PRECISIONS",
     "PRESETS",
     "Engine",
+    "NotFinite",
     "PGDResult",
     "Prepared",
     "Preset",

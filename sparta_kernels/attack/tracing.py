@@ -107,9 +107,8 @@ def trace(model: nn.Module, whole: dict[str, str]) -> tuple[fx.Graph, dict[str, 
         tracer = _Tracer(whole)
         graph = tracer.trace(twin)
         stored = {name: "it stores what it computes" for name, part in twin.named_modules() if _holds_proxies(part)}
-        written = any(writes_input(node, {}) and _is_made_up(first_input(node), model) for node in graph.nodes)
-        if written:
-            stored[ROOT] = "it writes into tensors that it makes"
+        if any(writes_input(node, {}) and _unknown_memory(first_input(node)) for node in graph.nodes):
+            stored[ROOT] = "it writes into tensors that it makes, or into one in another shape"
         if not stored.keys() - whole.keys():
             break
         whole |= stored
@@ -153,9 +152,12 @@ def _holds_proxies(module: nn.Module) -> bool:
     return any(isinstance(value, fx.Proxy) for value in [*values, *inside])
 
 
-def _is_made_up(node: fx.Node | None, model: nn.Module) -> bool:
-    """Whether the node names a tensor that the model made while it was traced."""
-    return node is not None and node.op == "get_attr" and not str(node.target).startswith(f"{ROOT}.")
+def _unknown_memory(node: fx.Node | None) -> bool:
+    """Whether the node is a constant that the tracer made, or, by its memory format, a copy or a view of another."""
+    if node is None:
+        return False
+    made = node.op == "get_attr" and not str(node.target).startswith(f"{ROOT}.")
+    return made or node.target in ("view", "reshape", "flatten", torch.reshape, torch.flatten)
 
 
 def _is_dtype(value: object) -> bool:

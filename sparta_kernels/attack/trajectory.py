@@ -43,6 +43,10 @@ class PGDResult:
     engine: Engine
 
 
+class NotFinite(ValueError):
+    """A model's logits or gradients are NaN or infinite."""
+
+
 class Trajectory:
     """The checked arguments of an attack, which can be run from several starts. Errors as in `pgd`, or `where`."""
 
@@ -119,7 +123,7 @@ class Trajectory:
             adversarial = torch.empty_like(self.images).copy_(loop.adversarial)
             losses = _without_nan(torch.stack(seen)) if seen else self.images.new_zeros(0, len(self.images))
             if not bool(loop.finite):
-                raise ValueError("pgd: model must have finite gradients, got NaN or infinity")
+                raise NotFinite("pgd: model must have finite gradients, got NaN or infinity")
         (goals,) = chosen
         return PGDResult(
             adversarial,
@@ -176,7 +180,7 @@ def _without_nan(losses: Tensor) -> Tensor:
     bad = losses.isnan().any(1)
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
-        raise ValueError(f"pgd: model must return finite logits, got NaN or infinity at iterate {first}")
+        raise NotFinite(f"pgd: model must return finite logits, got NaN or infinity at iterate {first}")
     return losses
 
 

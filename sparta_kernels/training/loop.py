@@ -225,18 +225,21 @@ def _epoch(
         x, y = images[rows].float() / 255, labels[rows]
         if preset is not None:
             prepared.refresh()
-            x = attack.perturb(
-                prepared,
-                x,
-                y,
-                eps=preset.eps,
-                step_size=preset.step_size,
-                steps=preset.steps,
-                seed=settings.seed,
-                indices=rows,
-                random_start=not from_clean[i],
-                restart=number,
-            )
+            try:
+                x = attack.perturb(
+                    prepared,
+                    x,
+                    y,
+                    eps=preset.eps,
+                    step_size=preset.step_size,
+                    steps=preset.steps,
+                    seed=settings.seed,
+                    indices=rows,
+                    random_start=not from_clean[i],
+                    restart=number,
+                )
+            except attack.NotFinite as error:
+                raise TrainingDiverged(f"training: in epoch {number}, batch {i + 1} of {count}: {error}") from error
         model.train()
         rate = learning_rate(settings, (number - 1) * count + i, count)
         for group in optimizer.param_groups:
