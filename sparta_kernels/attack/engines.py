@@ -21,7 +21,10 @@ from .tracing import first_line
 ENGINES = ("auto", "eager", "compile", "graph")
 
 # By device and precision, the fastest engine and where that was measured.
-_MEASURED: dict[tuple[str, str], tuple[str, str]] = {}
+_MEASURED: dict[tuple[str, str], tuple[str, str]] = {
+    ("cpu", "fp32"): ("eager", "measured on a Zen 5 to take the time of compile, without its minute at first"),
+    ("cpu", "bf16"): ("eager", "measured on a Zen 5 to be 1.1 to 1.2 times as fast as compile"),
+}
 _UNMEASURED = "eager"
 
 
