@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..ops import dynamic_conv, sparta_gate
 from ..ops.relu import add_relu, add_relu_fork
 from .frozen import Form, freeze
+from .gating import conv5_and_gate
 
 if TYPE_CHECKING:
     from .sparta import Sparta
@@ -80,11 +79,4 @@ class FrozenSparta(nn.Module):
             kernel = self.conv5.flatten().expand(x.shape[0], -1)
         spatial = self.conv4(h3)
 
-        factor: Tensor | None = None
-        if self.kernel_size == 1:
-            factor = kernel[:, 0]
-        else:
-            spatial = dynamic_conv(spatial, kernel.unflatten(1, (self.kernel_size, self.kernel_size)))
-        if self.share > 1:
-            spatial = F.avg_pool2d(spatial, self.share, ceil_mode=True)
-        return sparta_gate(x, spatial, channel, factor, share=self.share)
+        return conv5_and_gate(x, spatial, channel, kernel, self.kernel_size, self.share)

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import dynamic_conv, sparta_gate
 from .checks import check_count, check_feature_map
 from .frozen import Form
 from .frozen_sparta import FrozenSparta
+from .gating import conv5_and_gate
 
 
 class Sparta(nn.Module):
@@ -109,14 +109,7 @@ class Sparta(nn.Module):
         else:
             kernel = self.conv5.flatten().expand(x.shape[0], -1)
 
-        factor: Tensor | None = None
-        if self.kernel_size == 1:
-            factor = kernel[:, 0]  # the gate applies it: a factor commutes with the mean below
-        else:
-            spatial = dynamic_conv(spatial, kernel.unflatten(1, (self.kernel_size, self.kernel_size)))
-        if self.share > 1:
-            spatial = F.avg_pool2d(spatial, self.share, ceil_mode=True)
-        return sparta_gate(x, spatial, channel, factor, share=self.share)
+        return conv5_and_gate(x, spatial, channel, kernel, self.kernel_size, self.share)
 
     def prepare_for_attack(self, form: Form) -> FrozenSparta:
         """What `attack.prepare` puts in this module's place."""
