@@ -18,7 +18,7 @@ from .tracing import ROOT, drop_unused, first_input, is_relu, is_sum, no_overwri
 
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in eval mode
 _SIGNATURE = inspect.signature(F.batch_norm)
-_NORMALISATION = (*NORMS, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
+_NORMALISATION = (*NORMS, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
 
 
 @dataclass(frozen=True)
@@ -208,12 +208,12 @@ class _Rewriter:
             if isinstance(thing, _NORMALISATION):
                 self.left.setdefault(node.target, self._why_not_folded(node, thing))
             self.built[node.target] = self._kept(thing)
-            if hasattr(type(thing), "prepare_for_attack"):
+            if _prepares_itself(thing):
                 self.prepared.append(node.target)
 
     def _kept(self, module: nn.Module) -> nn.Module:
         """What stands in the graph for a module that is no convolution."""
-        if hasattr(type(module), "prepare_for_attack") and not has_hooks(module):
+        if _prepares_itself(module):
             if module not in self._copies:
                 self._copies[module] = module.prepare_for_attack(self.form)  # type: ignore[operator]
             return self._copies[module]
@@ -327,6 +327,11 @@ class _Rewriter:
     def _replace(self, node: fx.Node, by: Any) -> None:
         node.replace_all_uses_with(by)
         self.graph.erase_node(node)
+
+
+def _prepares_itself(module: nn.Module) -> bool:
+    """Whether the module has a form for attacks of its own, and nobody has hooked into it."""
+    return hasattr(type(module), "prepare_for_attack") and not has_hooks(module)
 
 
 def _short(name: str) -> str:
