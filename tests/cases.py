@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,16 @@ from torch import Tensor
 from sparta_kernels import reference
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For what is small: several threads, on cores that others use too, would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 # ---- how a tensor lies in memory ---------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from cases import one_thread
 from typer.testing import CliRunner
 
 from sparta_kernels import cli, data, training
@@ -12,10 +12,8 @@ from sparta_kernels import cli, data, training
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """Threads only cost time on networks this small, the more so where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import one_thread
 from torch import Tensor, nn
 
 from sparta_kernels import attack, data, reference
@@ -19,15 +20,6 @@ from sparta_kernels.nn import resnet18
 EPS, STEP = 24 / 255, 2 / 255
 BATCH = 32  # torchattacks averages the loss, we sum it: a power of two is an exact factor between the gradients
 IMAGES = 1000
-
-
-@contextlib.contextmanager
-def one_thread():
-    """What is computed here is small: several threads, on cores that others use too, would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
