@@ -1,0 +1,385 @@
+"""The attention network in training mode without its hidden tensors: backward computes them again.
+
+Of each site the plain composition keeps seven feature maps: x, and what comes out of every convolution and every ReLU.
+Here x stays (the gate keeps it anyway), with one bit for every ReLU and the statistics of each batch; backward makes
+the rest again, one branch at a time.
+
+The statistics of bn1 and bn3 would follow from the mean and the covariance of x too. That was measured and left: on
+two cores of a CPU, at ResNet-18's sites and batch 32, the covariance and its gradient's product with x together took
+1.2 to 1.8 times as long as the two products that are made again here, and saved no more than passes over memory that
+the cache held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from .. import backends
+from .frozen import has_hooks
+
+if TYPE_CHECKING:
+    from .sparta import Sparta
+
+_aten = torch.ops.aten
+_relu_ = torch.ops.sparta_kernels._relu_forward_.default
+_relu_backward = torch.ops.sparta_kernels._relu_backward.default
+
+Grads = tuple[Tensor | None, ...]
+
+
+class _Norm(NamedTuple):
+    """What a BatchNorm does to its running statistics, and its epsilon."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    momentum: float
+    eps: float
+
+
+class _Options(NamedTuple):
+    """All that is not differentiated: the geometry of each convolution, the BatchNorms, who computes ReLU."""
+
+    geometries: dict[str, tuple[Any, ...]]
+    norms: dict[str, _Norm]
+    dynamic: bool
+    pooled: bool  # conv2 sees the mean alone: it has one pixel
+    backend: str
+
+
+class _Weights(NamedTuple):
+    """Weight and bias of every layer, in the order in which the Function takes them; None where there is none."""
+
+    w1: Tensor
+    b1: Tensor | None
+    gamma1: Tensor | None
+    beta1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    w3: Tensor
+    b3: Tensor | None
+    gamma3: Tensor | None
+    beta3: Tensor | None
+    w4: Tensor
+    b4: Tensor | None
+    w6: Tensor | None = None
+    b6: Tensor | None = None
+    gamma6: Tensor | None = None
+    beta6: Tensor | None = None
+    w7: Tensor | None = None
+    b7: Tensor | None = None
+
+
+def attention_in_training(sparta: Sparta, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """spatial, channel and kernel as `Sparta.forward` computes them with batch statistics, keeping no hidden tensor.
+
+    The running statistics move exactly as in the plain composition. Differentiable any number of times.
+
+    Args:
+        sparta: in training mode.
+        x: ``(N, C, H, W)``.
+
+    Returns:
+        spatial ``(N, 1, H, W)``, channel ``(N, C)`` and kernel ``(N, K * K)``; or None where the plain composition has
+        to be taken: without a gradient, while compiling or under a transform, with the backend ``reference``, or where
+        a layer is not what `Sparta` made, and calling it might do more.
+    """
+    chosen = _backend(sparta, x)
+    if chosen is None:
+        return None
+    layers = _layers(sparta)
+    tensors = _tensors(layers)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        # As autocast does it: products in its dtype, BatchNorm with parameters in their own.
+        dtype = torch.get_autocast_dtype(device)
+        x = _cast(x, dtype)
+        norms = [isinstance(layer, nn.BatchNorm2d) for layer in layers.values() for _ in range(2)]
+        tensors = [
+            tensor if norm or tensor is None else _cast(tensor, dtype)
+            for tensor, norm in zip(tensors, norms, strict=True)
+        ]
+    options = _Options(
+        {name: _geometry(layer) for name, layer in layers.items() if isinstance(layer, nn.Conv2d)},
+        {name: _step(layer) for name, layer in layers.items() if isinstance(layer, nn.BatchNorm2d)},
+        sparta.dynamic,
+        sparta.kernel_size == 1,
+        chosen,
+    )
+    with torch.autocast(device, enabled=False):
+        spatial, channel, *rest = _Attention.apply(options, x, *tensors)
+    kernel = rest[0] if sparta.dynamic else sparta.conv5.flatten().expand(x.shape[0], -1)
+    return spatial, channel, kernel
+
+
+def _backend(sparta: Sparta, x: Tensor) -> str | None:
+    """The backend of the ReLUs, None where the plain composition has to be taken."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return None
+    if not torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        return None
+    if x.shape[0] * x.shape[2] * x.shape[3] < 2:  # no statistics: a BatchNorm says so itself
+        return None
+    layers = _layers(sparta)
+    if nn.modules.module._has_any_global_hook() or not all(map(_is_plain, layers.values())):
+        return None
+    if sparta.kernel_size == 1 and sparta.conv2.kernel_size != (1, 1):  # the mean would not commute with it
+        return None
+    tensors = [x, *(tensor for tensor in _tensors(layers) if tensor is not None)]
+    if not any(tensor.requires_grad for tensor in tensors):
+        return None
+    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):  # it may have rules of its own
+        return None
+    backend = backends.choose(x.device).backend
+    return None if backend == "reference" else backend
+
+
+def _layers(sparta: Sparta) -> dict[str, Any]:
+    names = ("conv1", "bn1", "conv2", "conv3", "bn3", "conv4", *(("conv6", "bn6", "predict") if sparta.dynamic else ()))
+    return {name: getattr(sparta, name) for name in names}
+
+
+def _tensors(layers: dict[str, Any]) -> list[Tensor | None]:
+    return [tensor for layer in layers.values() for tensor in (layer.weight, layer.bias)]
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer does what the Function does in its place, and no more."""
+    if has_hooks(layer) or "forward" in vars(layer):
+        return False
+    if type(layer) is nn.BatchNorm2d:
+        return layer.training
+    if type(layer) is nn.Conv2d:
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or layer.stride != (1, 1):
+            return False
+        geometry = zip(layer.kernel_size, layer.padding, layer.dilation, strict=True)
+        return all(
+            2 * padding == dilation * (size - 1) for size, padding, dilation in geometry
+        )  # the image's size stays
+    return type(layer) is nn.Linear
+
+
+def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
+    return conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
+
+
+def _step(norm: nn.BatchNorm2d) -> _Norm:
+    """Count the batch, as a BatchNorm's forward does, and tell how far its running statistics go."""
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    tracked = (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
+    return _Norm(*tracked, momentum, norm.eps)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+class _Branch(NamedTuple):
+    """``relu(bn(conv(x)))``: what is kept of it."""
+
+    mean: Tensor
+    inverse: Tensor  # of the standard deviation
+    bits: Tensor
+    stride: tuple[int, ...]  # of its tensors
+
+
+class _Attention(Function):
+    """(spatial, channel), and kernel where it is predicted."""
+
+    @staticmethod
+    def forward(ctx: Any, options: _Options, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        w = _Weights(*tensors)  # type: ignore[arg-type]
+        kept: list[Tensor] = []
+        strides: list[tuple[int, ...]] = []
+
+        def branch(number: int, input: Tensor, weight: Any, bias: Any, gamma: Any, beta: Any) -> Tensor:
+            norm = options.norms[f"bn{number}"]
+            z = torch.convolution(input, weight, bias, *options.geometries[f"conv{number}"])
+            statistics = (norm.running_mean, norm.running_var, True, norm.momentum, norm.eps)
+            h, mean, inverse = _aten.native_batch_norm(z, gamma, beta, *statistics)
+            kept.extend((mean, inverse, _relu_(h, None, True, options.backend)))
+            strides.append(h.stride())
+            return h
+
+        h1 = branch(1, x, *w[:4])
+        mean1 = h1.mean((2, 3), keepdim=True) if options.pooled else None
+        channel = torch.convolution(h1 if mean1 is None else mean1, w.w2, w.b2, *options.geometries["conv2"])
+        channel = channel.flatten(1) if options.pooled else channel.mean((2, 3))
+        del h1
+
+        h3 = branch(3, x, *w[6:10])
+        spatial = torch.convolution(h3, w.w4, w.b4, *options.geometries["conv4"])
+        found, mean6 = (spatial, channel), None
+        if options.dynamic:
+            mean6 = branch(6, h3, *w[12:16]).mean((2, 3))
+            found = (*found, F.linear(mean6, w.w7, w.b7))  # type: ignore[arg-type, assignment]
+
+        ctx.save_for_backward(x, *tensors, mean1, mean6, *kept)
+        ctx.options, ctx.strides, ctx.count = options, strides, len(tensors)
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+        x, *rest = ctx.saved_tensors
+        tensors, (mean1, mean6, *kept) = rest[: ctx.count], rest[ctx.count :]
+        needs = ctx.needs_input_grad[1:]
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                return None, *_differentiable(ctx.options, needs, (x, *tensors), grads)
+            branches = {
+                number: _Branch(*parts)
+                for number, *parts in zip((1, 3, 6), kept[::3], kept[1::3], kept[2::3], ctx.strides, strict=False)
+            }
+            backward = _Backward(ctx.options, x, _Weights(*tensors), branches, needs)
+            return None, *backward(grads, mean1, mean6)
+
+
+class _Backward:
+    """The gradients of `_Attention`, one branch after the other: few feature maps are alive at once."""
+
+    def __init__(
+        self, options: _Options, x: Tensor, weights: _Weights, branches: dict[int, _Branch], needs: Sequence[bool]
+    ) -> None:
+        self.options, self.x, self.w, self.branches = options, x, weights, branches
+        self.needs = dict(zip(("x", *weights._fields), needs, strict=False))
+        self.found: dict[str, Tensor | None] = {}
+        self.gx: Tensor | None = None
+
+    def __call__(self, grads: Sequence[Tensor | None], mean1: Tensor | None, mean6: Tensor | None) -> Grads:
+        gspatial, gchannel, *rest = grads
+        gkernel = rest[0] if rest else None
+        if gspatial is not None or gkernel is not None:
+            self._spatial_and_kernel(gspatial, gkernel, mean6)
+        if gchannel is not None:
+            self._channel(gchannel, mean1)
+        return self.gx, *(self.found.get(name) for name in self.w._fields[: len(self.branches) * 6])
+
+    def _channel(self, grad: Tensor, mean1: Tensor | None) -> None:
+        z1 = self._convolved(1, self.x)
+        pixels = self.x.shape[2] * self.x.shape[3]
+        if mean1 is not None:
+            found = self._convolution(2, grad[:, :, None, None], mean1)
+            gh1 = (found / pixels).expand(z1.shape)
+        else:
+            each = (grad / pixels)[:, :, None, None].expand(*grad.shape, *self.x.shape[2:])
+            gh1 = self._convolution(2, each, self._hidden(1, z1))
+        gz1 = self._normalised(1, gh1, z1)
+        del z1, gh1
+        self._add(self._convolution(1, gz1, self.x, self.needs["x"]))
+
+    def _spatial_and_kernel(self, gspatial: Tensor | None, gkernel: Tensor | None, mean6: Tensor | None) -> None:
+        z3 = self._convolved(3, self.x)
+        h3 = self._hidden(3, z3)
+        gh3: Tensor | None = None
+        if gkernel is not None:
+            assert mean6 is not None
+            assert self.w.w7 is not None
+            self.found |= {"w7": gkernel.t() @ mean6, "b7": None if self.w.b7 is None else gkernel.sum(0)}
+            z6 = self._convolved(6, h3)
+            gh6 = (gkernel @ self.w.w7 / (h3.shape[2] * h3.shape[3]))[:, :, None, None].expand(z6.shape)
+            gz6 = self._normalised(6, gh6, z6)
+            del z6, gh6
+            gh3 = self._convolution(6, gz6, h3)
+            del gz6
+        if gspatial is not None:
+            found = self._convolution(4, gspatial, h3)
+            gh3 = found if gh3 is None else gh3.add_(found)
+            del found
+        del h3
+        gz3 = self._normalised(3, gh3, z3)  # type: ignore[arg-type]
+        del z3, gh3
+        self._add(self._convolution(3, gz3, self.x, self.needs["x"]))
+
+    def _convolved(self, number: int, input: Tensor) -> Tensor:
+        """The convolution's output again."""
+        weight, bias = (getattr(self.w, f"{kind}{number}") for kind in "wb")
+        return torch.convolution(input, weight, bias, *self.options.geometries[f"conv{number}"])
+
+    def _hidden(self, number: int, z: Tensor) -> Tensor:
+        """``relu(bn(z))`` again, with the batch's statistics."""
+        mean, inverse, *_ = self.branches[number]
+        gamma, beta = (getattr(self.w, f"{kind}{number}") for kind in ("gamma", "beta"))
+        scale = inverse if gamma is None else gamma * inverse
+        shift = -mean * scale if beta is None else beta - mean * scale
+        return torch.addcmul(shift[:, None, None], z, scale[:, None, None]).to(z.dtype).relu_()
+
+    def _normalised(self, number: int, grad: Tensor, z: Tensor) -> Tensor:
+        """From the gradient of ``relu(bn(z))`` to that of z, the batch's statistics being functions of z."""
+        mean, inverse, bits, stride = self.branches[number]
+        grad = _relu_backward(grad, None, bits, stride, self.options.backend)
+        gamma = getattr(self.w, f"gamma{number}")
+        wanted = [True, self.needs[f"gamma{number}"], self.needs[f"beta{number}"]]
+        norm = self.options.norms[f"bn{number}"]
+        statistics = (None, None, mean, inverse, True, norm.eps)
+        gz, ggamma, gbeta = _aten.native_batch_norm_backward(grad, z, gamma, *statistics, wanted)
+        self.found |= {
+            name: found
+            for name, found, want in zip((f"gamma{number}", f"beta{number}"), (ggamma, gbeta), wanted[1:], strict=True)
+            if want
+        }
+        return gz
+
+    def _convolution(self, number: int, grad: Tensor, input: Tensor, needs_input: bool = True) -> Tensor:
+        """The gradient of a convolution's input; those of its weight and bias are noted."""
+        weight, bias = (getattr(self.w, f"{kind}{number}") for kind in "wb")
+        sizes = None if bias is None else list(bias.shape)
+        wanted = [needs_input, self.needs[f"w{number}"], self.needs[f"b{number}"]]
+        geometry = self.options.geometries[f"conv{number}"]
+        found, gw, gb = _aten.convolution_backward(grad, input, weight, sizes, *geometry, wanted)
+        self.found |= {f"w{number}": gw, f"b{number}": gb}
+        return found
+
+    def _add(self, gx: Tensor | None) -> None:
+        if gx is not None:
+            self.gx = gx if self.gx is None else self.gx.add_(gx)
+
+
+def _composition(options: _Options, x: Tensor, w: _Weights) -> tuple[Tensor, ...]:
+    """The plain composition, for derivatives of derivatives; the running statistics stay."""
+
+    def branch(number: int, input: Tensor, weight: Any, bias: Any, gamma: Any, beta: Any) -> Tensor:
+        z = torch.convolution(input, weight, bias, *options.geometries[f"conv{number}"])
+        return F.relu(F.batch_norm(z, None, None, gamma, beta, True, 0.0, options.norms[f"bn{number}"].eps))
+
+    h1 = branch(1, x, *w[:4])
+    if options.pooled:
+        h1 = h1.mean((2, 3), keepdim=True)
+    channel = torch.convolution(h1, w.w2, w.b2, *options.geometries["conv2"]).mean((2, 3))
+    h3 = branch(3, x, *w[6:10])
+    spatial = torch.convolution(h3, w.w4, w.b4, *options.geometries["conv4"])
+    if not options.dynamic:
+        return spatial, channel
+    mean6 = branch(6, h3, *w[12:16]).mean((2, 3))
+    return spatial, channel, F.linear(mean6, w.w7, w.b7)  # type: ignore[arg-type]
+
+
+def _differentiable(
+    options: _Options, needs: Sequence[bool], inputs: Sequence[Any], grads: Sequence[Tensor | None]
+) -> Grads:
+    """The gradients with a graph of their own."""
+    asked = [i for i, (need, tensor) in enumerate(zip(needs, inputs, strict=True)) if need and tensor is not None]
+    # As functions of fresh names for the inputs: one tensor may stand at two places.
+    named: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+    outputs = _composition(options, named[0], _Weights(*named[1:]))
+    pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+    if not pairs:
+        return (None,) * len(inputs)
+    found = torch.autograd.grad(
+        [output for output, _ in pairs],
+        [named[i] for i in asked],
+        [grad for _, grad in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    results = dict(zip(asked, found, strict=True))
+    return tuple(results.get(i) for i in range(len(inputs)))
