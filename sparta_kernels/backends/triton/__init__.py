@@ -20,6 +20,14 @@ except ImportError as error:
     raise ImportError(f"the backend 'triton' needs the package triton: pip install triton ({error})") from error
 
 from sparta_kernels.backends.triton import conv, gate, pgd
+from sparta_kernels.backends.triton.attention_plan import (  # noqa: F401
+    attention_backward_,
+    attention_forward,
+    attention_unfit,
+    pack_attention,
+    plan_attention_backward,
+    plan_attention_forward,
+)
 from sparta_kernels.backends.triton.launch import (
     INTERPRETED,
     Launch,

@@ -1,0 +1,317 @@
+"""The attention network's launches and their table, and its functions: those of `sparta_kernels.backends.native`.
+
+Weights arrive packed: padded with zeros to what `tl.dot` takes, once as they are and once transposed, so that every
+matrix product finds what it sums over side by side in memory.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparta_kernels.backends.layout import as_rows, is_planar
+from sparta_kernels.backends.triton import attention
+from sparta_kernels.backends.triton.launch import INTERPRETED, Launch, ceil_div, power_above, run
+
+if TYPE_CHECKING:
+    from sparta_kernels.ops.attention import AttentionWeights
+
+_MOST_HIDDEN = 256
+_MOST_PIXELS = 2**31 - 2**12  # of all samples together; they are counted in 32 bits
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+
+class AttentionTiling(NamedTuple):
+    pixels: int  # of a program
+    depth: int  # forward: channels of x in a step of the first product; backward: channels of G6
+    chunk: int  # forward: channels of h6 at a time; backward: channels of gx
+    stages: int  # steps that are under way at a time
+    together: bool = True  # h1 and h3 from one reading of x
+    warps: int = 8
+    registers: int | None = None  # of a thread, at most; 255 where ptxas spills for an occupancy that is not needed
+
+
+def _shared(arch: int) -> int:
+    """How many kB of shared memory a program may have; `arch` is 10 * major + minor of the compute capability."""
+    return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(arch, 99)
+
+
+@lru_cache(maxsize=256)
+def attention_forward_tiling(total: int, channels: int, hidden: int, itemsize: int, arch: int) -> AttentionTiling:
+    """For that many pixels in all, and padded extents.
+
+    A program reads all weights, out of the second cache, whatever its tile: with 256 hidden channels that takes longer
+    than its products. So it takes 128 pixels where there are enough of them to give every multiprocessor some, and what
+    then fills its registers is one hidden tensor at a time.
+    """
+    step = min(128 // itemsize, channels)
+    chunk = min(128 // itemsize, hidden)
+    if hidden <= 64:
+        return AttentionTiling(128, step, chunk, 2)
+    if hidden <= 128:
+        return AttentionTiling(64, step, chunk, 2)
+    if itemsize == 2 and arch == 90 and total >= 2**14:
+        return AttentionTiling(128, step, chunk, 3, together=False)
+    if itemsize == 2:
+        return AttentionTiling(64, step if _shared(arch) > 163 else min(32, step), chunk, 2)
+    return AttentionTiling(64 if _shared(arch) > 99 else 32, step, chunk, 2, together=arch == 90)
+
+
+@lru_cache(maxsize=256)
+def attention_backward_tiling(total: int, channels: int, hidden: int, itemsize: int, arch: int) -> AttentionTiling:
+    """For that many pixels in all, and padded extents. G1 and G3 lie in shared memory, or in registers."""
+    depth = min(128 // itemsize, hidden)
+    chunk = min(128 // itemsize, channels)
+    shared = _shared(arch)
+    wide = itemsize == 4
+    registers = 255 if arch < 90 or shared <= 99 else None
+    if hidden <= 64:
+        return AttentionTiling(64 if wide and shared <= 99 else 128, depth, chunk, 2, registers=registers)
+    if hidden <= 128 and shared > 99:
+        return AttentionTiling(64, depth, chunk, 2, registers=registers)
+    if hidden <= 128:
+        return AttentionTiling(32 if wide else 64, depth, chunk // 2, 2, registers=registers)
+    if shared > 163:
+        return AttentionTiling(64, depth, chunk // 2, 2 if wide else 3)
+    if shared > 99:
+        return AttentionTiling(32 if wide else 64, min(32, depth), chunk // 2, 2, registers=registers)
+    return AttentionTiling(32, min(32, depth), 16, 1 if wide else 2, registers=registers)
+
+
+def padded_hidden(hidden: int) -> int:
+    """A tile's extent must be a power of two, and a matrix product's at least 16."""
+    return max(16, power_above(hidden))
+
+
+def padded_channels(channels: int) -> int:
+    """What the table's steps divide."""
+    return max(16, power_above(channels)) if channels < 64 else ceil_div(channels, 64) * 64
+
+
+def _arch(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+# ---- what they take ----------------------------------------------------------------------------------------
+
+
+def attention_unfit(x: Tensor, hidden: int) -> str | None:
+    """Why these kernels do not take x (N, C, H, W) with that many hidden channels; None where they do."""
+    if x.device.type == "cuda" and x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        return "float32 products are the library's, unless torch.backends.cuda.matmul.allow_tf32 lets them be tf32"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"there are kernels for float32, bfloat16 and float16, not for {str(x.dtype).removeprefix('torch.')}"
+    if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
+        return f"there are no kernels for {x.device.type} tensors"
+    if not 1 <= hidden <= _MOST_HIDDEN:
+        return f"hidden must be from 1 to {_MOST_HIDDEN}, got {hidden}"
+    if x.shape[1] == 0:
+        return "x has no channels"
+    if x.shape[0] * x.shape[2] * x.shape[3] > _MOST_PIXELS:
+        return f"x must have at most 2**31 - 2**12 pixels, got {x.shape[0] * x.shape[2] * x.shape[3]}"
+    return None
+
+
+def pack_attention(weights: AttentionWeights, dtype: torch.dtype) -> list[Tensor]:
+    """w13 (2 hidden, C), b13, w4, b4, w13 transposed; and with a dynamic Conv5 w6, b6, w6 transposed.
+
+    Extents are padded (`padded_hidden`, `padded_channels`). Matrices are in `dtype`, all else in float32.
+    """
+    hidden, channels = weights.w4.numel(), weights.w13.shape[1]
+    high, wide = padded_hidden(hidden), padded_channels(channels)
+
+    def vector(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values.detach().float(), (0, high - hidden))
+
+    def matrix(values: Tensor, cols: int) -> Tensor:
+        values = values.detach().to(dtype)
+        return torch.nn.functional.pad(values, (0, cols - values.shape[1], 0, high - hidden))
+
+    w13 = torch.cat([matrix(part, wide) for part in weights.w13.split(hidden)])
+    b13 = torch.cat([vector(part) for part in weights.b13.split(hidden)])
+    packed = [w13, b13, vector(weights.w4), weights.b4.detach().float(), w13.t().contiguous()]
+    if weights.w6 is not None and weights.b6 is not None:
+        w6 = matrix(weights.w6, high)
+        packed += [w6, vector(weights.b6), w6.t().contiguous()]
+    return [tensor.contiguous() for tensor in packed]
+
+
+def _dynamic(packed: list[Tensor]) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    return (packed[5], packed[6], packed[7]) if len(packed) > 5 else (None, None, None)
+
+
+def _strides(image: Tensor, planar: bool) -> tuple[Tensor, int, int, int]:
+    """The image or a copy, and the strides of samples, pixels and channels."""
+    tensor, sample, row = as_rows(image, planar)
+    return (tensor, sample, 1, row) if planar else (tensor, sample, row, 1)
+
+
+# ---- forward -----------------------------------------------------------------------------------------------
+
+
+class Attention(NamedTuple):
+    """What forward leaves: a (N, 1, H, W), the means (N, hidden), the bits (N, P, masks, bytes)."""
+
+    a: Tensor
+    mean1: Tensor
+    mean6: Tensor | None
+    bits: Tensor | None
+
+
+def plan_attention_forward(
+    x: Tensor, packed: list[Tensor], hidden: int, keep: bool, arch: int | None = None
+) -> tuple[list[Launch], Attention]:
+    samples, channels, height, width = x.shape
+    pixels, total = height * width, samples * height * width
+    w13, b13, w4, b4 = packed[:4]
+    w6, b6, _ = _dynamic(packed)
+    width_of_bits = 2 * ceil_div(hidden, 16)
+    a = torch.empty((samples, 1, height, width), dtype=torch.float32, device=x.device)
+    mean1 = torch.empty((samples, hidden), dtype=torch.float32, device=x.device)
+    mean6 = None if w6 is None else torch.empty_like(mean1)
+    bits = None
+    if keep:
+        masks = 2 if w6 is None else 3
+        bits = torch.empty((samples, pixels, masks, width_of_bits), dtype=torch.uint8, device=x.device)
+    result = Attention(a, mean1, mean6, bits)
+    if total == 0:
+        for mean in (mean1, mean6):
+            if mean is not None:
+                mean.fill_(float("nan"))  # of nothing
+        return [], result
+
+    planar = is_planar(x.shape, x.stride())
+    rows, sample_stride, pixel_stride, channel_stride = _strides(x, planar)
+    wide, high = w13.shape[1], w4.shape[0]
+    arch = _arch(x.device) if arch is None else arch
+    tiling = attention_forward_tiling(total, wide, high, x.itemsize, arch)
+    tiles = ceil_div(total, tiling.pixels)
+    if tiling.pixels % pixels == 0:
+        segments, slots = tiling.pixels // pixels, 0
+    elif pixels % tiling.pixels == 0:
+        segments, slots = 1, 1
+    else:
+        segments, slots = 0, (tiling.pixels - 2) // pixels + 2
+    sums1, sums6 = mean1, mean6
+    if slots:
+        sums1 = torch.empty((tiles, slots, hidden), dtype=torch.float32, device=x.device)
+        sums6 = None if mean6 is None else torch.empty_like(sums1)
+    arguments = (
+        rows,
+        w13,
+        b13,
+        w4,
+        b4,
+        w6,
+        b6,
+        a,
+        sums1,
+        sums6,
+        bits,
+        total,
+        samples,
+        pixels,
+        channels,
+        hidden,
+        sample_stride,
+        pixel_stride,
+        channel_stride,
+        segments,
+        slots,
+        wide == channels,
+        high != hidden,
+        width_of_bits,
+        wide,
+        high,
+        tiling.pixels,
+        tiling.depth,
+        tiling.chunk,
+        tiling.together,
+        tiling.stages,
+    )
+    launches = [Launch(attention.attention_forward, tiles, arguments, tiling.warps, tiling.registers)]
+    if slots:
+        terms = min(8, power_above(ceil_div(pixels, tiling.pixels) + 1))
+        finish = (sums1, sums6, mean1, mean6, pixels, hidden, slots, high, tiling.pixels, terms)
+        launches.append(Launch(attention.attention_finish, samples * (1 if mean6 is None else 2), finish))
+    return launches, result
+
+
+def attention_forward(
+    x: Tensor, packed: list[Tensor], hidden: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    launches, result = plan_attention_forward(x, packed, hidden, keep)
+    run(launches, x.device)
+    return result
+
+
+# ---- backward ----------------------------------------------------------------------------------------------
+
+
+def plan_attention_backward(
+    gx: Tensor,
+    ga: Tensor,
+    v1: Tensor,
+    v6: Tensor | None,
+    bits: Tensor,
+    packed: list[Tensor],
+    hidden: int,
+    arch: int | None = None,
+) -> tuple[list[Launch], Tensor]:
+    """The launches, and the tensor that they add to: gx, or a copy of it."""
+    samples, channels, height, width = gx.shape
+    pixels, total = height * width, samples * height * width
+    if total == 0:
+        return [], gx
+    w4, w13t = packed[2], packed[4]
+    _, _, w6t = _dynamic(packed)
+    planar = is_planar(gx.shape, gx.stride())
+    target, sample_stride, pixel_stride, channel_stride = _strides(gx, planar)
+    wide, high = w13t.shape[0], w4.shape[0]
+    arch = _arch(gx.device) if arch is None else arch
+    tiling = attention_backward_tiling(total, wide, high, gx.itemsize, arch)
+    arguments = (
+        target,
+        ga.contiguous(),
+        v1.float().contiguous(),
+        None if v6 is None else v6.float().contiguous(),
+        bits,
+        w13t,
+        w4,
+        w6t,
+        total,
+        pixels,
+        channels,
+        hidden,
+        sample_stride,
+        pixel_stride,
+        channel_stride,
+        pixels % tiling.pixels == 0,
+        wide == channels,
+        2 * ceil_div(hidden, 16),
+        wide,
+        high,
+        tiling.pixels,
+        tiling.depth,
+        tiling.chunk,
+        tiling.stages,
+    )
+    programs = ceil_div(total, tiling.pixels)
+    return [Launch(attention.attention_backward, programs, arguments, tiling.warps, tiling.registers)], target
+
+
+def attention_backward_(
+    gx: Tensor, ga: Tensor, v1: Tensor, v6: Tensor | None, bits: Tensor, packed: list[Tensor], hidden: int
+) -> None:
+    launches, target = plan_attention_backward(gx, ga, v1, v6, bits, packed, hidden)
+    run(launches, gx.device)
+    if target is not gx:
+        gx.copy_(target)

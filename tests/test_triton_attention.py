@@ -1,0 +1,348 @@
+"""The attention network's Triton kernels, in the interpreter: against plain torch in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from attention_case import AttentionCase, Weights, check_backward, check_forward, pixels_first, unpacked
+from cases import assert_same_bits, lay
+from conftest import GuardedTorch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparta_kernels import backends
+
+pytest.importorskip("triton")
+
+from sparta_kernels.backends import layout, triton
+from sparta_kernels.backends.triton import attention_plan
+
+interpreted = pytest.mark.skipif("cpu" not in backends.DEVICES["triton"], reason="needs TRITON_INTERPRET=1")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+STORED = ("contiguous", "channels_last")
+SLICED = ("sliced_n", "sliced_c", "sliced_n_channels_last", "sliced_c_channels_last")
+LAYOUTS = (*STORED, *SLICED, "permuted", "stepped")
+# Of a sample: divisors of a tile, several tiles, neither.
+SIZES = ((1, 1), (2, 2), (4, 4), (8, 8), (16, 16), (1, 128), (1, 3), (7, 7), (9, 10), (5, 40))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> AttentionCase:
+    extents = st.sampled_from([1, 2, 3, 5, 8, 15, 16, 17, 24, 33, 64, 70])
+    return AttentionCase(
+        shape=(draw(st.sampled_from([1, 2, 3, 9])), draw(extents), *draw(st.sampled_from(SIZES))),
+        hidden=draw(extents),
+        dtype=draw(st.sampled_from(DTYPES)),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        gradient_layout=draw(st.sampled_from(STORED)),
+        dynamic=draw(st.booleans()),
+        scale=draw(st.sampled_from([1.0, 1e-3])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@interpreted
+@given(case=cases(), keep=st.booleans())
+def test_against_float64(case, keep):
+    bits = check_forward(triton, case, keep).bits
+    check_backward(triton, case, bits)
+
+
+@interpreted
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_way_that_tiles_meet_samples(size, dynamic):
+    for dtype, stored in ((torch.float32, "contiguous"), (torch.float16, "channels_last")):
+        case = AttentionCase((3, 20, *size), 24, dtype, stored, stored, dynamic)
+        check_backward(triton, case, check_forward(triton, case).bits)
+
+
+@interpreted
+@pytest.mark.parametrize("site", [(64, 64, 8), (256, 256, 4), (512, 256, 4), (130, 256, 5)], ids=str)
+def test_the_widths_of_networks(site):
+    channels, hidden, side = site
+    case = AttentionCase((5, channels, side, side), hidden, torch.bfloat16, "channels_last", "channels_last")
+    check_backward(triton, case, check_forward(triton, case).bits)
+
+
+def _rows(tiling) -> list[tuple[int, attention_plan.AttentionTiling]]:
+    """All that the table has for 256 hidden channels, and how wide elements are there."""
+    extents = itertools.product((2**8, 2**20), (2, 4), (80, 90, 100, 120))
+    return sorted({(itemsize, tiling(total, 64, 256, itemsize, arch)) for total, itemsize, arch in extents}, key=str)
+
+
+@interpreted
+@pytest.mark.parametrize(("itemsize", "row"), _rows(attention_plan.attention_forward_tiling))
+def test_forward_by_every_row_of_the_table(itemsize, row, monkeypatch):
+    monkeypatch.setattr(attention_plan, "attention_forward_tiling", lambda *_: row)
+    check_forward(triton, AttentionCase((2, 60, 9, 9), 200, torch.float16 if itemsize == 2 else torch.float32))
+
+
+@interpreted
+@pytest.mark.parametrize(("itemsize", "row"), _rows(attention_plan.attention_backward_tiling))
+def test_backward_by_every_row_of_the_table(itemsize, row, monkeypatch):
+    monkeypatch.setattr(attention_plan, "attention_backward_tiling", lambda *_: row)
+    check_backward(triton, AttentionCase((2, 60, 9, 9), 200, torch.float16 if itemsize == 2 else torch.float32))
+
+
+@interpreted
+def test_gradients_are_those_of_autograd():
+    """With bits of forward's own, and in float32, which leaves no doubt about them."""
+    case = AttentionCase((3, 12, 5, 7), 20, torch.float32)
+    x, weights = case.inputs()
+    _, _, v1, v6 = case.gradients()
+    ga = case.gradients()[1]
+    double = x.double().requires_grad_()
+    pixels = double.flatten(2).transpose(1, 2)
+    w1, w3, b1, b3 = (part.double() for both in (weights.w13, weights.b13) for part in both.chunk(2))
+    h1, h3 = (pixels @ w1.t() + b1).relu(), (pixels @ w3.t() + b3).relu()
+    assert weights.w6 is not None
+    assert weights.b6 is not None
+    h6 = (h3 @ weights.w6.double().t() + weights.b6.double()).relu()
+    loss = ((h3 @ weights.w4.double()) * ga.double().flatten(1)).sum()
+    loss = loss + (h1.sum(1) * v1).sum() + (h6.sum(1) * v6).sum()
+    (want,) = torch.autograd.grad(loss, double)
+    packed = triton.pack_attention(weights, torch.float32)
+    bits = triton.attention_forward(x, packed, 20, True)[3]
+    gx = torch.zeros_like(x)
+    triton.attention_backward_(gx, ga, v1, v6, bits, packed, 20)
+    torch.testing.assert_close(gx.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_gradients_that_float16_does_not_reach_down_to():
+    """v1 and v6 are of a whole image, divided by its pixels."""
+    case = AttentionCase((3, 20, 7, 7), 24, torch.float16)
+    packed = triton.pack_attention(case.inputs()[1], torch.float16)
+    gx, *gradients = case.gradients()
+    bits = triton.attention_forward(case.inputs()[0], packed, 24, True)[3]
+    results = []
+    for scale in (1.0, 2.0**-12):
+        got = torch.zeros_like(gx)
+        triton.attention_backward_(got, *(g * 2.0**-14 * scale for g in gradients), bits, packed, 24)
+        results.append(got.double() / scale)
+    assert results[0].abs().max() < 2.0**-8
+    # What is left is the rounding of gx itself, to multiples of 2^-24.
+    torch.testing.assert_close(results[1], results[0], rtol=2e-3, atol=2.0**-12)
+    assert results[1].abs().max() > 0
+
+
+# ---- values that are no numbers ----------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_in_its_pixel_and_its_image(value, dtype):
+    case = AttentionCase((4, 20, 3, 5), 24, dtype)
+    x, weights = case.inputs()
+    packed = triton.pack_attention(weights, dtype)
+    clean = triton.attention_forward(x, packed, 24, True)
+    x[2, 7, 1, 1] = value
+    got = triton.attention_forward(x, packed, 24, True)
+    w1, w3 = weights.w13.double().chunk(2)
+    b1, b3 = weights.b13.double().chunk(2)
+    pixels = pixels_first(x)[2]
+    sums1, sums3 = pixels @ w1.t() + b1, pixels @ w3.t() + b3
+    # A NaN passes a ReLU, as it does in torch: relu(nan) is nan, and so does its gradient.
+    passing = unpacked(got[3], 24)[:, 2, 6]
+    assert torch.equal(passing[:2], ~(torch.stack([sums1[6], sums3[6]]) <= 0))
+    near = {"rtol": 1e-4, "atol": 1e-4, "equal_nan": True, "check_dtype": False}
+    a = sums3.relu() @ weights.w4.double() + weights.b4.double()
+    torch.testing.assert_close(got[0][2].flatten(), a, **near)
+    assert not got[0][2, 0, 1, 1].isfinite()
+    torch.testing.assert_close(got[1][2], sums1.relu().mean(0), **near)
+    sums6 = sums3.relu() @ weights.w6.double().t() + weights.b6.double()
+    assert torch.equal(passing[2], ~(sums6[6] <= 0))
+    assert torch.equal(got[2][2].isfinite(), sums6.relu().mean(0).isfinite())
+    elsewhere = torch.tensor([0, 1, 3])
+    for one, other in zip(got[:3], clean[:3], strict=True):
+        assert_same_bits(one[elsewhere], other[elsewhere])
+    assert torch.equal(got[3][elsewhere], clean[3][elsewhere])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_mask_selects(value, dtype):
+    """What does not pass is 0, even if it is no number; what passes reaches all channels of its image."""
+    case = AttentionCase((3, 20, 3, 5), 24, dtype)
+    packed = triton.pack_attention(case.inputs()[1], dtype)
+    gx, ga, v1, v6 = case.gradients()
+    v1[1, 5] = v6[1, 6] = ga[1, 0, 2, 2] = value
+    for passing in (0, 255):
+        bits = torch.full((3, 15, 3, 4), passing, dtype=torch.uint8)
+        bits[..., 3] = 0
+        got = gx.clone()
+        triton.attention_backward_(got, ga, v1, v6, bits, packed, 24)
+        if passing == 0:
+            assert_same_bits(got, gx)
+        else:
+            assert got[[0, 2]].isfinite().all()
+            assert not got[1].isfinite().any()
+
+
+# ---- how it is called --------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(0, 20, 4, 4), (3, 20, 0, 4)], ids=str)
+def test_nothing_to_do(shape):
+    case = AttentionCase(shape, 24, torch.float32)
+    result = check_forward_shapes(case)
+    gx, ga, v1, v6 = case.gradients()
+    triton.attention_backward_(gx, ga, v1, v6, result[3], triton.pack_attention(case.inputs()[1], torch.float32), 24)
+    assert gx.shape == shape
+
+
+def check_forward_shapes(case: AttentionCase) -> tuple[Tensor, ...]:
+    x, weights = case.inputs()
+    result = triton.attention_forward(x, triton.pack_attention(weights, case.dtype), case.hidden, True)
+    samples, _, height, width = case.shape
+    assert result[0].shape == (samples, 1, height, width)
+    assert result[1].shape == result[2].shape == (samples, case.hidden)
+    assert result[1].isnan().all()  # as the mean of nothing is
+    assert result[3].shape == (samples, height * width, 3, 4)
+    return result
+
+
+@interpreted
+@pytest.mark.parametrize("size", [(3, 3), (4, 4), (10, 20)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_output_is_written_and_nothing_beside_it(size, dtype, monkeypatch):
+    guarded = GuardedTorch()
+    for module in (layout, attention_plan):
+        monkeypatch.setattr(module, "torch", guarded)
+    for stored in STORED:
+        case = AttentionCase((5, 20, *size), 24, dtype, stored, stored)
+        check_backward(triton, case, check_forward(triton, case).bits)
+    guarded.check()
+
+
+@interpreted
+@pytest.mark.parametrize("stored", STORED)
+def test_the_same_bits_every_time_and_in_both_layouts(stored):
+    case = AttentionCase((9, 20, 7, 7), 24, torch.bfloat16, stored, stored)
+    plain = AttentionCase((9, 20, 7, 7), 24, torch.bfloat16)
+    for other in (case, plain):
+        first, second = (check_forward(triton, one) for one in (case, other))
+        for one, another in zip(first[:3], second[:3], strict=True):
+            assert_same_bits(one, another)
+        assert torch.equal(first.bits, second.bits)
+        assert_same_bits(check_backward(triton, case, first.bits), check_backward(triton, other, first.bits))
+
+
+@interpreted
+def test_a_sample_is_what_it_is_alone():
+    """Up to the order of sums: tiles begin elsewhere."""
+    case = AttentionCase((7, 20, 7, 7), 24, torch.float32)
+    x, weights = case.inputs()
+    packed = triton.pack_attention(weights, torch.float32)
+    together = triton.attention_forward(x, packed, 24, True)
+    for n in range(7):
+        alone = triton.attention_forward(x[n : n + 1], packed, 24, True)
+        for one, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(one[n : n + 1], other)
+
+
+@interpreted
+def test_small_tensors_of_other_dtypes_and_strides():
+    case = AttentionCase((3, 20, 5, 5), 24, torch.float32)
+    packed = triton.pack_attention(case.inputs()[1], torch.float32)
+    gx, ga, v1, v6 = case.gradients()
+    bits = triton.attention_forward(case.inputs()[0], packed, 24, True)[3]
+    want = gx.clone()
+    rounded = [g.bfloat16() for g in (ga, v1, v6)]
+    triton.attention_backward_(want, *(g.float() for g in rounded), bits, packed, 24)
+    spread = [torch.stack([g, torch.full_like(g, math.nan)], -1)[..., 0] for g in rounded]
+    triton.attention_backward_(gx, *spread, bits, packed, 24)
+    assert_same_bits(gx, want)
+
+
+@interpreted
+def test_a_gradient_with_gaps_is_written_back():
+    case = AttentionCase((3, 20, 5, 6), 24, torch.float32, gradient_layout="sliced_w")
+    check_backward(triton, case)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@interpreted
+def test_what_is_unfit_and_why():
+    x = torch.zeros(2, 3, 4, 4)
+    assert triton.attention_unfit(x, 256) is None
+    assert triton.attention_unfit(x.bfloat16(), 1) is None
+    assert "not for float64" in triton.attention_unfit(x.double(), 16)
+    assert "not for int64" in triton.attention_unfit(x.long(), 16)
+    assert "hidden must be from 1 to 256, got 257" in triton.attention_unfit(x, 257)
+    assert "hidden must be" in triton.attention_unfit(x, 0)
+    assert "no channels" in triton.attention_unfit(x[:, :0], 16)
+    assert "no kernels for meta" in triton.attention_unfit(empty(2, 3, 4, 4), 16)
+    assert "pixels" in triton.attention_unfit(x[:1, :, :1, :1].expand(2**15, 3, 2**15, 2), 16)
+
+
+def test_weights_are_packed_with_zeros_around():
+    weights = Weights(*(torch.ones(shape) for shape in ((48, 70), (48,), (24,), (1,), (24, 24), (24,))))
+    w13, b13, w4, b4, w13t, w6, b6, w6t = triton.pack_attention(weights, torch.bfloat16)
+    assert w13.shape == (64, 128)
+    assert w13.sum() == 48 * 70
+    assert w13[24:32].abs().max() == w13[56:].abs().max() == w13[:, 70:].abs().max() == 0
+    assert torch.equal(w13t, w13.t())
+    assert torch.equal(w6t, w6.t())
+    assert w6.shape == (32, 32)
+    assert all(tensor.is_contiguous() for tensor in (w13t, w6t))
+    assert {tensor.dtype for tensor in (w13, w13t, w6, w6t)} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in (b13, w4, b4, b6)} == {torch.float32}
+    assert b13.sum() == 48
+    assert len(triton.pack_attention(weights._replace(w6=None, b6=None), torch.bfloat16)) == 5
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+
+@given(
+    total=st.integers(1, 2**20),
+    channels=st.integers(1, 600),
+    hidden=st.integers(1, 256),
+    itemsize=st.sampled_from([2, 4]),
+    arch=st.sampled_from([80, 86, 89, 90, 100, 120]),
+)
+def test_steps_divide_what_is_padded(total, channels, hidden, itemsize, arch):
+    wide, high = attention_plan.padded_channels(channels), attention_plan.padded_hidden(hidden)
+    assert channels <= wide < channels + max(16, channels, 64)
+    assert hidden <= high < max(17, 2 * hidden)
+    forward = attention_plan.attention_forward_tiling(total, wide, high, itemsize, arch)
+    backward = attention_plan.attention_backward_tiling(total, wide, high, itemsize, arch)
+    for tiling, depth, chunk in ((forward, wide, high), (backward, high, wide)):
+        assert depth % tiling.depth == chunk % tiling.chunk == 0
+        numbers = (tiling.pixels, tiling.depth, tiling.chunk)
+        assert all(number >= 16 and number & (number - 1) == 0 for number in numbers)
+
+
+def test_nothing_is_left_to_finish_where_tiles_have_whole_samples():
+    weights = Weights(*(empty(*shape) for shape in ((48, 64), (48,), (24,), (1,), (24, 24), (24,))))
+    packed = triton.pack_attention(weights, torch.bfloat16)
+    for side, launches in ((1, 1), (4, 1), (7, 2), (8, 1), (16, 2), (32, 2)):
+        x = empty(512, 64, side, side, dtype=torch.bfloat16)
+        planned, result = attention_plan.plan_attention_forward(x, packed, 24, True, 90)
+        assert len(planned) == launches, side
+        # Never one tile an image where an image is smaller than that.
+        tile = attention_plan.attention_forward_tiling(x.numel() // 64, 64, 32, 2, 90).pixels
+        assert planned[0].programs == -(-512 * side * side // tile)
+        assert result.bits.shape == (512, side * side, 3, 4)
+
+
+@interpreted
+def test_layouts_are_read_where_they_lie():
+    """Slices in N and C cost no copy."""
+    x = torch.zeros(3, 20, 5, 5)
+    for name in (*STORED, *SLICED):
+        laid = lay(x, name)
+        planar = layout.is_planar(laid.shape, laid.stride())
+        assert attention_plan._strides(laid, planar)[0] is laid, name
