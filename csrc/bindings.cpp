@@ -7,6 +7,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
+#include "cpu/products.h"
 #include "kernels.h"
 #include "philox.h"
 #if defined(SPARTA_WITH_CUDA)
@@ -115,6 +116,62 @@ void relu_backward(int64_t elements, int dtype, Address grad, Address grad2, Add
   SPARTA_RUN(relu_backward, args)
 }
 
+using Vectors = std::array<Address, 3>;
+using Extents = std::array<int64_t, 4>;  // samples, channels, pixels, hidden (padded)
+
+AttentionShape attention_shape(const Extents& s, bool planar, bool dynamic) {
+  return {s[0], s[1], s[2], s[3], planar, dynamic};
+}
+
+void attention_forward(const Extents& shape, bool planar, bool dynamic, int dtype, int product, const Rows& x,
+                       const Rows& skip, const std::array<Address, 2>& matrix, const Vectors& vector, const Vectors& written, Address bits,
+                       const Where& where) {
+  const AttentionForward args{attention_shape(shape, planar, dynamic), static_cast<DType>(dtype),
+                              static_cast<DType>(product), matrices(x), matrices(skip), pointer(matrix[0]), pointer(matrix[1]),
+                              pointer(vector[0]), pointer(vector[1]), pointer(vector[2]), pointer(written[0]),
+                              pointer(written[1]), pointer(written[2]), static_cast<uint16_t*>(pointer(bits)),
+                              place(where)};
+  py::gil_scoped_release release;
+  cpu_kernels().attention_forward(args);
+}
+
+void attention_backward(const Extents& shape, bool planar, bool dynamic, int dtype, int product, const Rows& gx,
+                        const std::array<Address, 2>& matrix, const std::array<Address, 4>& vector, Address bits,
+                        const Where& where) {
+  const AttentionBackward args{attention_shape(shape, planar, dynamic), static_cast<DType>(dtype),
+                               static_cast<DType>(product), matrices(gx), pointer(matrix[0]), pointer(matrix[1]),
+                               pointer(vector[0]), pointer(vector[1]), pointer(vector[2]), pointer(vector[3]),
+                               static_cast<const uint16_t*>(pointer(bits)), place(where)};
+  py::gil_scoped_release release;
+  cpu_kernels().attention_backward(args);
+}
+
+// Where a library's products are: float32, bfloat16, release, float64 (cpu/products.h); 0 where there is none.
+void set_products(const std::array<Address, 4>& at) {
+  ProductFunctions functions;
+  functions.float32 = reinterpret_cast<ProductFunctions::Float32>(at[0]);
+  functions.bfloat16 = reinterpret_cast<ProductFunctions::Bfloat16>(at[1]);
+  functions.release = reinterpret_cast<ProductFunctions::Release>(at[2]);
+  functions.float64 = reinterpret_cast<ProductFunctions::Float64>(at[3]);
+  sparta::set_products(functions);
+}
+
+// C = A B as the kernels compute it, of gapless matrices of m x k and k x n; throws what the library throws.
+void multiply(int dtype, int64_t m, int64_t n, int64_t k, Address a, Address b, Address c) {
+  Products products;
+  const auto run = [&](auto type, auto acc) {
+    products.multiply(m, n, k, static_cast<const decltype(type)*>(pointer(a)), k,
+                      static_cast<const decltype(type)*>(pointer(b)), n, static_cast<decltype(acc)*>(pointer(c)), n);
+  };
+  switch (static_cast<DType>(dtype)) {
+    case DType::float64: run(double{}, double{}); break;
+    case DType::bfloat16: run(bfloat16{}, float{}); break;
+    default: run(float{}, float{});
+  }
+  products.release();
+  products.check();
+}
+
 py::dict cuda_info() {
   py::dict info;
 #if defined(SPARTA_WITH_CUDA)
@@ -156,6 +213,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("pgd_start", &sparta::bindings::pgd_start);
   m.def("relu_forward", &sparta::bindings::relu_forward);
   m.def("relu_backward", &sparta::bindings::relu_backward);
+  m.def("attention_forward", &sparta::bindings::attention_forward);
+  m.def("attention_backward", &sparta::bindings::attention_backward);
+  m.def("set_products", &sparta::bindings::set_products);
+  m.def("multiply", &sparta::bindings::multiply);
   m.def("philox4x32", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
     const sparta::PhiloxWords words = sparta::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
     return std::array<uint32_t, 4>{words.word[0], words.word[1], words.word[2], words.word[3]};

@@ -119,6 +119,44 @@ struct ReluBackward {
   Place place;
 };
 
+// The attention network at K = 1 with folded BatchNorm, and its input gradient (DESIGN: docs/kernels.md).
+//
+//   h1 = relu(w1 x + b1)   h3 = relu(w3 x + b3)   a = w4 h3 + b4   h6 = relu(w6 h3 + b6)     at each pixel
+//
+// "Padded" is a count rounded up to kHiddenGroup: padding weights and biases are 0. Matrices are row-major, in the dtype
+// of the products (cpu/products.h), those of bfloat16 with their rows interleaved in pairs, with a row of zeros behind an
+// odd last; vectors are in the accumulator's type of the images' dtype.
+constexpr int64_t kHiddenGroup = 16;
+
+struct AttentionShape {
+  int64_t samples, channels, pixels;
+  int64_t hidden;  // padded
+  bool planar, dynamic;
+
+  SPARTA_INLINE int64_t masks() const { return dynamic ? 3 : 2; }
+};
+
+struct AttentionForward {
+  AttentionShape shape;
+  DType dtype, product;
+  Matrices x, skip;            // skip, unless its data is null, is added to x first, which is written then
+  const void *w13, *w6;        // (channels, 2 * hidden): w1 and w3 transposed; (hidden, hidden): w6 transposed
+  const void *b13, *b6, *w4;   // (2 * hidden,), (hidden,), (hidden + 1,): w4, then b4
+  void *a, *mean1, *mean6;     // written: (N, pixels), (N, hidden) each: means over pixels of h1 and h6
+  uint16_t* bits;              // written unless null: (N, pixels, masks, hidden / 16), of h1, h3, h6: see ReluForward
+  Place place;
+};
+
+struct AttentionBackward {
+  AttentionShape shape;
+  DType dtype, product;
+  Matrices gx;                      // added to
+  const void *w13, *w6;             // (2 * hidden, channels): w1 and w3; (hidden, hidden): w6
+  const void *w4, *ga, *v1, *v6;    // (hidden,), (N, pixels), (N, hidden) each: gradients of the means / pixels
+  const uint16_t* bits;
+  Place place;
+};
+
 int64_t last_level_cache();  // bytes
 
 // clang-format off
@@ -133,18 +171,24 @@ int64_t last_level_cache();  // bytes
   void relu_backward(const ReluBackward&);
 // clang-format on
 
+// On a CPU alone.
+#define SPARTA_DECLARE_CPU_KERNELS               \
+  SPARTA_DECLARE_KERNELS                         \
+  void attention_forward(const AttentionForward&);   \
+  void attention_backward(const AttentionBackward&);
+
 // One namespace per instruction set: the same sources, compiled once for each (CMakeLists.txt).
 namespace baseline {
-SPARTA_DECLARE_KERNELS
+SPARTA_DECLARE_CPU_KERNELS
 }
 namespace avx2 {
-SPARTA_DECLARE_KERNELS
+SPARTA_DECLARE_CPU_KERNELS
 }
 namespace avx512 {
-SPARTA_DECLARE_KERNELS
+SPARTA_DECLARE_CPU_KERNELS
 }
 namespace avx512_bf16 {
-SPARTA_DECLARE_KERNELS
+SPARTA_DECLARE_CPU_KERNELS
 }
 
 // And one for CUDA devices. A kernel is queued on the place's stream, and nothing waits for it; a refused launch throws

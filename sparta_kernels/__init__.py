@@ -12,15 +12,26 @@ from sparta_kernels._version import __version__
 from sparta_kernels.backends import use_backend
 from sparta_kernels.info import build_info
 from sparta_kernels.memory import keep_freed_memory
-from sparta_kernels.ops import dynamic_conv, pgd_start_, pgd_step_, sparta_gate
+from sparta_kernels.ops import (
+    AttentionWeights,
+    dynamic_conv,
+    pgd_start_,
+    pgd_step_,
+    sparta_activation,
+    sparta_attention,
+    sparta_gate,
+)
 
 __all__ = [
+    "AttentionWeights",
     "__version__",
     "build_info",
     "dynamic_conv",
     "keep_freed_memory",
     "pgd_start_",
     "pgd_step_",
+    "sparta_activation",
+    "sparta_attention",
     "sparta_gate",
     "use_backend",
 ]

@@ -207,6 +207,47 @@ def attention(
     return a, c[:, :, 0, 0], kernel.reshape(shape)
 
 
+def folded_attention(
+    x: Tensor,
+    w13: Tensor,
+    b13: Tensor,
+    w4: Tensor,
+    b4: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    b7: Tensor,
+    w6: Tensor | None = None,
+    b6: Tensor | None = None,
+    w7: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention` at K = 1 with BatchNorm folded into the convolutions before it.
+
+        h1 = relu(w1 x + b1)    c = w2 mean_p(h1) + b2
+        h3 = relu(w3 x + b3)    a = w4 h3 + b4
+        h6 = relu(w6 h3 + b6)   kernel = w7 mean_p(h6) + b7
+
+    Args:
+        x: ``(N, C, H, W)``.
+        w13, b13: ``(2 * Co, C)``, ``(2 * Co,)``: those of h1, then those of h3.
+        w4, b4: ``(Co,)``, ``(1,)``. w2, b2: ``(C, Co)``, ``(C,)``. w6, b6: ``(Co, Co)``, ``(Co,)``. w7: ``(Co,)``.
+        b7: ``(1,)``; without w6, b6 and w7 it is the kernel of every sample.
+
+    Returns:
+        ``a (N, 1, H, W)``, ``c (N, C)`` and ``kernel (N,)``. Differentiable by autograd.
+    """
+
+    def conv(value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(value, weight[:, :, None, None].to(x.dtype), bias.to(x.dtype))
+
+    h1, h3 = torch.relu(conv(x, w13, b13)).chunk(2, dim=1)
+    a = conv(h3, w4[None], b4)
+    c = conv(h1.mean(dim=(2, 3), keepdim=True), w2, b2)[:, :, 0, 0]
+    if w6 is None or b6 is None or w7 is None:
+        return a, c, b7.to(x.dtype).expand(x.shape[0])
+    h6 = torch.relu(conv(h3, w6, b6))
+    return a, c, conv(h6.mean(dim=(2, 3), keepdim=True), w7[None], b7)[:, 0, 0, 0]
+
+
 def sparta(
     x: Tensor,
     parameters: Mapping[str, Tensor],

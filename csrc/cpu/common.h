@@ -89,7 +89,7 @@ class Scratch {
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  operator T*() { return data_; }
+  operator T*() const { return data_; }
 
  private:
   static size_t bytes(int64_t count) { return (static_cast<size_t>(count) * sizeof(T) / 64 + 1) * 64; }

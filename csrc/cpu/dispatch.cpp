@@ -23,7 +23,8 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 #define SPARTA_CPU_KERNELS(isa, supported)                                                         \
   {                                                                                                \
     #isa, supported, isa::gate_forward, isa::gate_backward, isa::conv_forward, isa::conv_backward, \
-        isa::pgd_step, isa::pgd_start, isa::relu_forward, isa::relu_backward                       \
+        isa::pgd_step, isa::pgd_start, isa::relu_forward, isa::relu_backward,                      \
+        isa::attention_forward, isa::attention_backward                                            \
   }
 
 const CpuKernels kBuilt[] = {

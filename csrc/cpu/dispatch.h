@@ -19,6 +19,8 @@ struct CpuKernels {
   decltype(&baseline::pgd_start) pgd_start;
   decltype(&baseline::relu_forward) relu_forward;
   decltype(&baseline::relu_backward) relu_backward;
+  decltype(&baseline::attention_forward) attention_forward;
+  decltype(&baseline::attention_backward) attention_backward;
 };
 
 const CpuKernels& cpu_kernels();

@@ -11,36 +11,6 @@ namespace {
 
 constexpr int64_t kBlock = 64;
 
-// The low bits are those of the lanes that pass their gradient on: all but those <= 0, so a NaN does.
-SPARTA_INLINE uint64_t passing(double value) { return value <= 0 ? 0 : 1; }
-
-SPARTA_INLINE uint64_t passing(FloatVector value) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)value, _mm512_setzero_ps(), _CMP_NLE_UQ);
-#elif defined(__AVX2__)
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)value, _mm256_setzero_ps(), _CMP_NLE_UQ)));
-#elif defined(__SSE2__)
-  return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpnle_ps((__m128)value, _mm_setzero_ps())));
-#else
-  uint64_t bits = 0;
-  for (int lane = 0; lane < kFloatLanes; ++lane) bits |= passing(static_cast<double>(value[lane])) << lane;
-  return bits;
-#endif
-}
-
-// The value in the lanes whose bit is set, and 0 in the others, whatever was there.
-SPARTA_INLINE double masked(double value, uint64_t bits) { return bits & 1 ? value : 0.0; }
-
-SPARTA_INLINE FloatVector masked(FloatVector value, uint64_t bits) {
-#if defined(__AVX512F__)
-  return (FloatVector)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)value);
-#else
-  IntVector own;
-  for (int lane = 0; lane < kFloatLanes; ++lane) own[lane] = 1 << lane;
-  return ((IntVector{} + static_cast<int32_t>(bits & 0xffffu)) & own) != 0 ? value : FloatVector{};
-#endif
-}
-
 // What both directions do with a block: results from one or two tensors, a whole cache line at a time, or the first
 // `count` elements of the last block.
 template <class T, bool two, bool stream>

@@ -5,9 +5,12 @@ Tensors arrive checked (`sparta_kernels.ops`).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from sparta_kernels.backends import products
 from sparta_kernels.backends.layout import Output, Rows, as_rows, bits_of, gapless, in_order_of, in_strides, is_planar
 
 try:
@@ -18,9 +21,12 @@ except ImportError as error:
         f"({error}). Install the package with `pip install .` from its source folder, and run from another folder"
     ) from error
 
+if TYPE_CHECKING:
+    from sparta_kernels.ops.attention import AttentionWeights
+
 DEVICES = ("cpu", "cuda") if _native.cuda_info()["built"] else ("cpu",)
 
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _ABSENT = (0, 0)
 
 
@@ -34,7 +40,7 @@ def _place(tensor: Tensor) -> tuple[int, int, int]:
 
 def _small(tensor: Tensor | None) -> tuple[int, int]:
     """Address and dtype of a contiguous tensor."""
-    return _ABSENT if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype])
+    return _ABSENT if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
 
 
 def _matrices(rows: Rows) -> tuple[int, int, int]:
@@ -50,7 +56,7 @@ def gate_forward(x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | N
     _native.gate_forward(
         (*x.shape, share),
         planar,
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         _matrices(read),
         _matrices(y.rows),
         _small(spatial),
@@ -79,13 +85,13 @@ def gate_backward(
     gchannel = torch.empty_like(channel) if wanted[2] else None
     gkernel = torch.empty_like(kernel) if kernel is not None and wanted[3] else None
     shape, place = (*x.shape, share), _place(x)
-    scratch = _native.gate_backward_scratch(shape, planar, _DTYPES[x.dtype], place)
+    scratch = _native.gate_backward_scratch(shape, planar, DTYPES[x.dtype], place)
     # On the stream's own allocator: what the kernels still need after this function is not given to anyone else.
     sums = torch.empty(scratch, dtype=torch.uint8, device=x.device) if scratch else None
     _native.gate_backward(
         shape,
         planar,
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         _matrices(read),
         _matrices(gy_read),
         (0, 0, 0) if gx is None else _matrices(gx.rows),
@@ -141,7 +147,7 @@ def pgd_step(
         grad, clean = in_order_of(grad, target), in_order_of(clean, target)
         _native.pgd_step(
             target.numel(),
-            _DTYPES[adv.dtype],
+            DTYPES[adv.dtype],
             target.data_ptr(),
             grad.data_ptr(),
             clean.data_ptr(),
@@ -168,7 +174,7 @@ def pgd_start(
         _native.pgd_start(
             tuple(target.shape),
             tuple(target.stride()),
-            _DTYPES[adv.dtype],
+            DTYPES[adv.dtype],
             target.data_ptr(),
             clean.data_ptr(),
             indices.data_ptr(),
@@ -187,7 +193,7 @@ def _relu(a: Tensor, b: Tensor | None, y: Tensor, keep: bool) -> Tensor | None:
     bits = bits_of(y) if keep else None
     _native.relu_forward(
         y.numel(),
-        _DTYPES[y.dtype],
+        DTYPES[y.dtype],
         a.data_ptr(),
         0 if b is None else b.data_ptr(),
         y.data_ptr(),
@@ -212,7 +218,7 @@ def relu_backward(grad: Tensor, grad2: Tensor | None, bits: Tensor, stride: tupl
     gx = torch.empty_like(grad)
     _native.relu_backward(
         gx.numel(),
-        _DTYPES[gx.dtype],
+        DTYPES[gx.dtype],
         grad.data_ptr(),
         0 if grad2 is None else grad2.data_ptr(),
         bits.data_ptr(),
@@ -220,3 +226,123 @@ def relu_backward(grad: Tensor, grad2: Tensor | None, bits: Tensor, stride: tupl
         _place(gx),
     )
     return gx
+
+
+# ---- the attention network, on a CPU -----------------------------------------------------------------------
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the attention network's matrices are multiplied in, for images of `dtype`."""
+    if dtype == torch.float64:
+        return dtype
+    # Without instructions for it, bfloat16 would be converted for every product, not once for all of them.
+    fast = _native.isa() == "avx512_bf16" and torch.backends.mkldnn.enabled
+    low = torch.bfloat16 in products.available() and dtype == torch.bfloat16 and fast
+    return torch.bfloat16 if low else torch.float32
+
+
+def attention_unfit(x: Tensor, hidden: int) -> str | None:
+    """Why these kernels cannot take x."""
+    if x.device.type != "cpu":
+        return f"the attention network has no native kernel for {x.device.type}"
+    if _product_dtype(x.dtype) not in products.available():
+        return f"this torch has no matrix products that kernels can call for {x.dtype}"
+    return None
+
+
+def pack_attention(weights: AttentionWeights, dtype: torch.dtype) -> list[Tensor]:
+    """The weights as the kernels read them (csrc/kernels.h): w13, w6 forward; w13, w6 backward; b13, b6, w4 and b4."""
+    product, work = _product_dtype(dtype), torch.float64 if dtype == torch.float64 else torch.float32
+    hidden, channels = weights.w4.numel(), weights.w13.shape[1]
+    padded = _padded(hidden)
+
+    def matrix(rows: int, columns: int, *parts: Tensor) -> list[Tensor]:
+        whole = torch.zeros(rows, columns, dtype=product)
+        for i, part in enumerate(parts):
+            whole[i * padded : i * padded + part.shape[0], : part.shape[1]] = part
+        both = whole.t().contiguous(), whole
+        return [products.in_pairs(way) if product == torch.bfloat16 else way for way in both]
+
+    def vector(size: int, *parts: Tensor | None) -> Tensor:
+        whole = torch.zeros(size, dtype=work)
+        for i, part in enumerate(parts):
+            if part is not None:
+                whole[i * padded : i * padded + part.numel()] = part
+        return whole
+
+    w13 = matrix(2 * padded, channels, weights.w13[:hidden], weights.w13[hidden:])
+    w6 = [w13[0].new_empty(0)] * 2 if weights.w6 is None else matrix(padded, padded, weights.w6)
+    b13 = vector(2 * padded, weights.b13[:hidden], weights.b13[hidden:])
+    b6, w4 = vector(padded, weights.b6), vector(padded + 1, weights.w4, weights.b4)
+    return [w13[0], w6[0], w13[1], w6[1], b13, b6, w4]
+
+
+def _padded(hidden: int) -> int:
+    return -(-hidden // 16) * 16
+
+
+def attention_forward(
+    x: Tensor, packed: list[Tensor], hidden: int, keep: bool, skip: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """With `skip`, for x + skip, which is written over x: that has no gaps."""
+    planar = is_planar(x.shape, x.stride())
+    read = as_rows(x, planar)
+    added = None if skip is None else as_rows(skip, planar)
+    if skip is not None and read.tensor is not x:
+        x.add_(skip)
+        return attention_forward(x, packed, hidden, keep)
+    samples, channels, height, width = x.shape
+    padded, dynamic = _padded(hidden), packed[1].numel() > 0
+    w13, w6, _, _, b13, b6, w4 = packed
+    a = b13.new_empty(samples, 1, height, width)
+    mean1 = b13.new_empty(samples, padded)
+    mean6 = b13.new_empty(samples, padded) if dynamic else None
+    bits = torch.empty(samples, height * width, 3 if dynamic else 2, padded // 8, dtype=torch.uint8) if keep else None
+    _native.attention_forward(
+        (samples, channels, height * width, padded),
+        planar,
+        dynamic,
+        DTYPES[x.dtype],
+        DTYPES[w13.dtype],
+        _matrices(read),
+        (0, 0, 0) if added is None else _matrices(added),
+        (w13.data_ptr(), w6.data_ptr()),
+        (b13.data_ptr(), b6.data_ptr(), w4.data_ptr()),
+        (a.data_ptr(), mean1.data_ptr(), 0 if mean6 is None else mean6.data_ptr()),
+        0 if bits is None else bits.data_ptr(),
+        _place(x),
+    )
+    if padded != hidden:
+        mean1, mean6 = (None if mean is None else mean[:, :hidden].contiguous() for mean in (mean1, mean6))
+    return a, mean1, mean6, bits
+
+
+def attention_backward_(
+    gx: Tensor, ga: Tensor, v1: Tensor, v6: Tensor | None, bits: Tensor, packed: list[Tensor], hidden: int
+) -> None:
+    planar = is_planar(gx.shape, gx.stride())
+    written = as_rows(gx, planar)
+    samples, channels, height, width = gx.shape
+    _, _, w13, w6, _, _, w4 = packed
+    spare = _padded(hidden) - hidden
+    ga = ga.to(w4.dtype).contiguous()
+
+    def rows(v: Tensor) -> Tensor:
+        v = v.to(w4.dtype)
+        return torch.nn.functional.pad(v, (0, spare)) if spare else v.contiguous()
+
+    v1, v6 = rows(v1), None if v6 is None else rows(v6)
+    _native.attention_backward(
+        (samples, channels, height * width, hidden + spare),
+        planar,
+        v6 is not None,
+        DTYPES[gx.dtype],
+        DTYPES[w13.dtype],
+        _matrices(written),
+        (w13.data_ptr(), w6.data_ptr()),
+        (w4.data_ptr(), ga.data_ptr(), v1.data_ptr(), 0 if v6 is None else v6.data_ptr()),
+        bits.data_ptr(),
+        _place(gx),
+    )
+    if written.tensor is not gx:  # an order of axes that the kernel does not write
+        gx.copy_(written.tensor)

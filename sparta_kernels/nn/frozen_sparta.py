@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..backends.layout import is_gapless
+from ..ops.attention import AttentionWeights, Packed, activate, fused_backend, pack
 from ..ops.relu import add_relu, add_relu_fork
 from .frozen import Form, freeze
 from .gating import conv5_and_gate
+from .whole import folded
 
 if TYPE_CHECKING:
     from .sparta import Sparta
@@ -52,18 +56,49 @@ class FrozenSparta(nn.Module):
         else:
             self.conv5 = nn.Parameter(sparta.conv5.detach(), requires_grad=False)
         self._source = (sparta,)
+        self._whole: AttentionWeights | None = None
+        self._packed: dict[str, Packed] = {}  # by backend
         self.eval()
 
     def refresh(self) -> None:
-        """Take over where the static kernel lies now; the layers have a `refresh` of their own."""
+        """Take over what the weights are now, in place; the layers have a `refresh` of their own."""
         if not self.dynamic:
             self.conv5.data = self._source[0].conv5.detach()
+        if self._whole is None:
+            return
+        self._whole = self._folded()
+        for backend, packed in self._packed.items():
+            now = pack(self._whole, self.conv1.weight.dtype, backend)  # type: ignore[arg-type]
+            for mine, other in zip(packed.tensors, now.tensors, strict=True):
+                mine.copy_(other)
+
+    @torch.no_grad()
+    def _folded(self) -> AttentionWeights:
+        return AttentionWeights(*(None if weight is None else weight.detach() for weight in folded(self._source[0])))
+
+    def _one_operation(self, x: Tensor) -> tuple[AttentionWeights, Packed] | None:
+        """The weights of the whole activation in one operation, where there are kernels for x."""
+        if self.kernel_size != 1:
+            return None
+        backend, _ = fused_backend(x, self._source[0].hidden)
+        if not backend:
+            return None
+        if self._whole is None:
+            self._whole = self._folded()
+        if backend not in self._packed:
+            self._packed[backend] = pack(self._whole, x.dtype, backend, copy=True)
+        return self._whole, self._packed[backend]
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         x = x.to(self.conv1.weight.dtype)  # type: ignore[arg-type]
+        whole = self._one_operation(x)
         if skip is not None:
             alike = isinstance(skip, Tensor) and skip.dtype == x.dtype and skip.shape == x.shape
+            if whole is not None and alike and skip.stride() == x.stride() and is_gapless(x):
+                return activate(x, *whole, self.share, skip=skip)
             x = x.add_(skip) if alike else x + skip
+        if whole is not None:
+            return activate(x, *whole, self.share)
         h1 = add_relu(self.conv1(x), inplace=True)
         if self.kernel_size == 1:
             channel = self.conv2(_PixelMean.apply(h1)).flatten(1)

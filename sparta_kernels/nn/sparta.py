@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import sparta_activation
 from .checks import check_count, check_feature_map
 from .frozen import Form
 from .frozen_sparta import FrozenSparta
 from .gating import conv5_and_gate
+from .whole import folded, is_one_operation
 from .recomputed import attention_in_training
 
 
@@ -95,6 +97,8 @@ class Sparta(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_feature_map("Sparta", x, self.channels)
+        if is_one_operation(self, x):
+            return sparta_activation(x, folded(self), share=self.share)
         found = attention_in_training(self, x)
         if found is not None:
             return conv5_and_gate(x, *found, self.kernel_size, self.share)

@@ -1,8 +1,19 @@
 """The operations: one file each, with its schema, checks, fake, autograd and documentation."""
 
+from sparta_kernels.ops.attention import AttentionWeights, sparta_activation, sparta_attention
 from sparta_kernels.ops.conv import dynamic_conv
 from sparta_kernels.ops.gate import sparta_gate
 from sparta_kernels.ops.pgd import pgd_start_, pgd_step_
 from sparta_kernels.ops.relu import add_relu, add_relu_fork
 
-__all__ = ["add_relu", "add_relu_fork", "dynamic_conv", "pgd_start_", "pgd_step_", "sparta_gate"]
+__all__ = [
+    "AttentionWeights",
+    "add_relu",
+    "add_relu_fork",
+    "dynamic_conv",
+    "pgd_start_",
+    "pgd_step_",
+    "sparta_activation",
+    "sparta_attention",
+    "sparta_gate",
+]

@@ -69,13 +69,9 @@ register(
 )
 
 
-_gate = differentiable(
-    "SpartaGate",
-    torch.ops.sparta_kernels._gate_forward.default,
-    torch.ops.sparta_kernels._gate_backward.default,
-    reference.gate,
-    count=4,
-)
+raw_gate_forward = torch.ops.sparta_kernels._gate_forward.default
+raw_gate_backward = torch.ops.sparta_kernels._gate_backward.default
+_gate = differentiable("SpartaGate", raw_gate_forward, raw_gate_backward, reference.gate, count=4)
 
 
 def sparta_gate(

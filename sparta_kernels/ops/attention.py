@@ -1,0 +1,501 @@
+"""sparta_attention and sparta_activation: SPARTA's attention network, and the whole activation, at K = 1.
+
+No hidden tensor reaches memory: what backward needs of h1, h3 and h6 is one bit an element (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.graph import increment_version
+
+from sparta_kernels import backends, reference
+from sparta_kernels.ops.attention_weights import weight_gradients
+from sparta_kernels.ops.checks import check_images, check_integer, check_shape, check_tensor
+from sparta_kernels.ops.gate import raw_gate_backward, raw_gate_forward
+from sparta_kernels.ops.library import fill, register
+
+
+class AttentionWeights(NamedTuple):
+    """DSCANet's weights (Fig. 2) at K = 1, BatchNorm folded in. C channels, Co hidden; any floating dtypes.
+
+    Attributes:
+        w13, b13: ``(2 * Co, C)``, ``(2 * Co,)``: conv1, and below it conv3.
+        w4, b4: ``(Co,)``, ``(1,)``: conv4.
+        w2, b2: ``(C, Co)``, ``(C,)``: conv2.
+        b7: ``(1,)``: predict's bias; for SPARTA-w/o-DPNet, which has none of the three below, the learned kernel.
+        w6, b6: ``(Co, Co)``, ``(Co,)``: conv6; or None.
+        w7: ``(Co,)``: predict; or None.
+    """
+
+    w13: Tensor
+    b13: Tensor
+    w4: Tensor
+    b4: Tensor
+    w2: Tensor
+    b2: Tensor
+    b7: Tensor
+    w6: Tensor | None = None
+    b6: Tensor | None = None
+    w7: Tensor | None = None
+
+    @property
+    def hidden(self) -> int:
+        return self.w4.shape[0]
+
+
+class Packed(NamedTuple):
+    """Weights as a backend's kernels read them, and what is computed outside of those in the accumulator's dtype."""
+
+    backend: str
+    kernels: list[Tensor]
+    w2: Tensor
+    b2: Tensor
+    b7: Tensor
+    w7: Tensor | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        small = [self.w2, self.b2, self.b7] + ([] if self.w7 is None else [self.w7])
+        return [*self.kernels, *small]
+
+
+def pack(weights: AttentionWeights, dtype: torch.dtype, backend: str, copy: bool = False) -> Packed:
+    """The weights for images of `dtype`; with `copy` in memory of their own, else only as long as they stay as they are."""
+    with torch.no_grad():
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        small = (
+            None if weight is None else weight.detach().to(work, copy=copy)
+            for weight in (weights.w2, weights.b2, weights.b7, weights.w7)
+        )
+        return Packed(backend, backends.module(backend).pack_attention(weights, dtype), *small)  # type: ignore[arg-type]
+
+
+def fused_backend(x: Tensor, hidden: int, backend: str | None = None, argument: str = "backend") -> tuple[str, str]:
+    """The backend whose kernels compute the attention network of x, and "", or "" and why there is none.
+
+    Raises:
+        TypeError, ValueError: those of `sparta_kernels.backends.choose`.
+    """
+    chosen = backends.choose(x.device, backend, argument).backend
+    if chosen == "reference":
+        return "", "the reference was chosen"
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return "", "torch.compile and torch.func see plain PyTorch"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "", "forward-mode AD sees plain PyTorch"
+    if x.numel() == 0:
+        return "", "x is empty"
+    reasons = []
+    for name in backends.DEVICES if chosen == "auto" else (chosen,):
+        reason = backends.module(name).attention_unfit(x, hidden)
+        if reason is None:
+            return name, ""
+        reasons.append(f"{name}: {reason}")
+    return "", "; ".join(reasons)
+
+
+# ---- the raw operations ------------------------------------------------------------------------------------
+
+
+def _forward(
+    x: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, mean1, mean6, bits = backends.module(backend).attention_forward(x, list(packed), hidden, keep)
+    return a, mean1, fill(mean6, mean1), fill(bits, x)
+
+
+def _forward_(
+    x: Tensor, skip: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not x.is_inference():
+        increment_version(x)  # so that autograd notices a write into what it saved
+    a, mean1, mean6, bits = backends.module(backend).attention_forward(x, list(packed), hidden, keep, skip)
+    return a, mean1, fill(mean6, mean1), fill(bits, x)
+
+
+def _forward_in_place_fake(
+    x: Tensor, skip: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward_fake(x, packed, hidden, dynamic, keep, backend)
+
+
+def _forward_fake(
+    x: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    samples, _, height, width = x.shape
+    mean = x.new_empty((samples, hidden), dtype=work)
+    bits = x.new_empty((samples, height * width, 3 if dynamic else 2, -(-hidden // 16) * 2), dtype=torch.uint8)
+    return (
+        x.new_empty((samples, 1, height, width), dtype=work),
+        mean,
+        torch.empty_like(mean) if dynamic else mean.new_empty(0),
+        bits if keep else x.new_empty(0),
+    )
+
+
+def _backward_(
+    gx: Tensor,
+    ga: Tensor,
+    v1: Tensor,
+    v6: Tensor | None,
+    bits: Tensor,
+    packed: Sequence[Tensor],
+    hidden: int,
+    backend: str,
+) -> None:
+    backends.module(backend).attention_backward_(gx, ga, v1, v6, bits, list(packed), hidden)
+
+
+def _backward_fake(
+    gx: Tensor,
+    ga: Tensor,
+    v1: Tensor,
+    v6: Tensor | None,
+    bits: Tensor,
+    packed: Sequence[Tensor],
+    hidden: int,
+    backend: str,
+) -> None:
+    return None
+
+
+# a (N, 1, H, W), the means of h1 and h6 over pixels (N, Co), the latter empty where static, and the bits of h1, h3 and h6,
+# uint8 (N, H * W, 3, 2 * ceil(Co / 16)), empty unless `keep`: bit i % 8 of byte i // 8 is that of channel i.
+register(
+    "_attention_forward(Tensor x, Tensor[] packed, int hidden, bool dynamic, bool keep, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+# The same of x + skip, which is written over x.
+register(
+    "_attention_forward_(Tensor(a!) x, Tensor skip, Tensor[] packed, int hidden, bool dynamic, bool keep, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_,
+    _forward_in_place_fake,
+)
+# Adds to gx; v1 and v6 are the gradients of the means, divided by the number of pixels.
+register(
+    "_attention_backward_(Tensor(a!) gx, Tensor ga, Tensor v1, Tensor? v6, Tensor bits, Tensor[] packed, int hidden, "
+    "str backend) -> ()",
+    _backward_,
+    _backward_fake,
+)
+_raw_forward = torch.ops.sparta_kernels._attention_forward.default
+_raw_forward_ = torch.ops.sparta_kernels._attention_forward_.default
+_raw_backward_ = torch.ops.sparta_kernels._attention_backward_.default
+
+
+# ---- both halves, for the two functions below --------------------------------------------------------------
+
+
+class _Attended(NamedTuple):
+    a: Tensor  # (N, 1, H, W)
+    channel: Tensor  # (N, C)
+    kernel: Tensor  # (N,)
+    mean1: Tensor
+    mean6: Tensor
+    bits: Tensor
+
+
+def _attend(x: Tensor, packed: Packed, hidden: int, keep: bool, skip: Tensor | None = None) -> _Attended:
+    """Of x; with `skip` of x + skip, which is written over x."""
+    options = packed.kernels, hidden, packed.w7 is not None, keep, packed.backend
+    a, mean1, mean6, bits = _raw_forward(x, *options) if skip is None else _raw_forward_(x, skip, *options)
+    channel = torch.addmm(packed.b2, mean1, packed.w2.t())
+    kernel = packed.b7.expand(x.shape[0]) if packed.w7 is None else torch.addmv(packed.b7, mean6, packed.w7)
+    return _Attended(a, channel, kernel, mean1, mean6, bits)
+
+
+class _Gradients(NamedTuple):
+    """Of what the gate is made of; and v1 and v6, of h1 and h6 where their bits are set."""
+
+    a: Tensor
+    channel: Tensor
+    kernel: Tensor
+    v1: Tensor
+    v6: Tensor | None
+
+
+def _differentiate(x: Tensor, packed: Packed, ga: Tensor, gchannel: Tensor, gkernel: Tensor) -> _Gradients:
+    pixels = x.shape[2] * x.shape[3]
+    v1 = gchannel.to(packed.w2.dtype) @ packed.w2 / pixels
+    v6 = None if packed.w7 is None else torch.outer(gkernel.to(packed.w7.dtype), packed.w7 / pixels)
+    return _Gradients(ga, gchannel, gkernel, v1, v6)
+
+
+class _Fused(Function):
+    """What the two functions share: what is kept, and how it is differentiated."""
+
+    @staticmethod
+    def keep(ctx: Any, x: Tensor, found: _Attended, packed: Packed, weights: AttentionWeights, *more: Tensor) -> None:
+        wanted = any(ctx.needs_input_grad[1 : 1 + len(weights)])
+        means = (found.mean1, found.mean6) if wanted else ()
+        ctx.save_for_backward(x, found.bits, *more, *means, *weights)
+        ctx.packed = packed
+
+    @staticmethod
+    def saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor], AttentionWeights]:
+        x, bits, *more = ctx.saved_tensors
+        size = len(AttentionWeights._fields)
+        return x, bits, more[:-size], AttentionWeights(*more[-size:])
+
+    @staticmethod
+    def gradients(
+        ctx: Any, x: Tensor, bits: Tensor, means: Sequence[Tensor], weights: AttentionWeights, grads: _Gradients,
+        gx: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Those of x, to which gx is added if it is not None, and of the weights."""
+        if gx is not None:
+            _raw_backward_(
+                gx, grads.a, grads.v1, grads.v6, bits, ctx.packed.kernels, weights.hidden, ctx.packed.backend
+            )
+        wanted = _asked(ctx, weights)
+        found: Sequence[Tensor | None] = (None,) * len(weights)
+        if any(wanted):
+            found = weight_gradients(x, weights, bits, means, *grads)
+        return gx, *(
+            None if value is None or weight is None or not want else value.view(weight.shape).to(weight.dtype)
+            for value, weight, want in zip(found, weights, wanted, strict=True)
+        )
+
+
+def _asked(ctx: Any, weights: AttentionWeights) -> list[bool]:
+    """Which weights have gradients that somebody asks for in this backward pass.
+
+    ``needs_input_grad`` tells whose gradient exists. An attack on a network whose weights are trainable asks for that of
+    the images alone.
+    """
+    needed = ctx.needs_input_grad[1 : 1 + len(weights)]
+    nodes = iter(ctx.next_functions[1:])  # x's comes first; what is not a tensor has none
+    behind = [None if weight is None else next(nodes)[0] for weight in weights]
+    return [need and _will_run(node) for need, node in zip(needed, behind, strict=True)]
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # not in this torch; or a leaf that torch.autograd.grad was given
+        return True
+
+
+class SpartaAttention(Function):
+    """x and the weights to (a, channel, kernel)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *weights, packed = rest
+        found = _attend(x, packed, weights[2].shape[0], True)
+        ctx.set_materialize_grads(False)
+        _Fused.keep(ctx, x, found, packed, AttentionWeights(*weights))
+        return found.a, found.channel, found.kernel.clone() if packed.w7 is None else found.kernel
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, bits, means, weights = _Fused.saved(ctx)
+        if torch.is_grad_enabled():
+            return *_again(ctx, x, weights, grads, None), None
+        packed, (samples, channels, height, width) = ctx.packed, x.shape
+        shapes = (samples, 1, height, width), (samples, channels), (samples,)
+        found = _differentiate(
+            x, packed, *(packed.w2.new_zeros(s) if g is None else g for g, s in zip(grads, shapes, strict=True))
+        )
+        gx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        return *_Fused.gradients(ctx, x, bits, means, weights, found, gx), None
+
+
+class SpartaActivation(Function):
+    """x and the weights to y: the gate's own part of x's gradient is written first, and added to in place.
+
+    With `skip` it is the function of x + skip, which is written over x: so x's own value must be of no use to anybody.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *weights, skip, packed, share, gate = rest
+        found = _attend(x, packed, weights[2].shape[0], True, skip)
+        spatial = _shared(found.a, share)
+        _Fused.keep(ctx, x, found, packed, AttentionWeights(*weights), spatial, found.channel, found.kernel)
+        ctx.share, ctx.gate, ctx.has_skip = share, gate, skip is not None
+        return raw_gate_forward(x, spatial, found.channel, found.kernel, share, gate)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, bits, (spatial, channel, kernel, *means), weights = _Fused.saved(ctx)
+        if torch.is_grad_enabled():
+            if ctx.has_skip:
+                raise RuntimeError("the activation of x + skip, written over x, can be differentiated once only")
+            return *_again(ctx, x, weights, (gy,), ctx.share), None, None, None, None
+        needs_skip = ctx.needs_input_grad[-4]
+        wanted = [ctx.needs_input_grad[0] or needs_skip, True, True, True]
+        gx, gspatial, gchannel, gkernel = raw_gate_backward(
+            gy, x, spatial, channel, kernel, ctx.share, wanted, ctx.gate
+        )
+        ga = _unshared(gspatial, ctx.share, x)
+        found = _differentiate(x, ctx.packed, ga, gchannel, gkernel)
+        gx, *others = _Fused.gradients(ctx, x, bits, means, weights, found, gx if wanted[0] else None)
+        return gx if ctx.needs_input_grad[0] else None, *others, gx if needs_skip else None, None, None, None
+
+
+def _shared(a: Tensor, share: int) -> Tensor:
+    """Eq. 6: blocks of share x share pixels have the mean of their values."""
+    return a if share == 1 else F.avg_pool2d(a, share, ceil_mode=True)
+
+
+def _unshared(gspatial: Tensor, share: int, x: Tensor) -> Tensor:
+    if share == 1:
+        return gspatial
+    a = gspatial.new_empty(x.shape[0], 1, *x.shape[2:])
+    return torch.ops.aten.avg_pool2d_backward(
+        gspatial, a, [share, share], [share, share], [0, 0], True, True, None
+    )
+
+
+def _again(
+    ctx: Any, x: Tensor, weights: AttentionWeights, grads: Sequence[Tensor | None], share: int | None
+) -> list[Tensor | None]:
+    """The gradients by plain PyTorch, which can be differentiated again."""
+    with torch.enable_grad():
+        found: Any = reference.folded_attention(x, *weights)
+        if share is not None:
+            found = (reference.gate(x, _shared(found[0], share), *found[1:], share),)
+        inputs = [x, *weights]
+        asked = [i for i, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
+        pairs = [(out, grad) for out, grad in zip(found, grads, strict=True) if grad is not None and out.requires_grad]
+        outputs, incoming = zip(*((out, grad.to(out.dtype)) for out, grad in pairs), strict=True)
+        grads = torch.autograd.grad(
+            outputs, [inputs[i] for i in asked], incoming, create_graph=True, allow_unused=True  # type: ignore[misc]
+        )
+    by_input = dict(zip(asked, grads, strict=True))
+    return [by_input.get(i) for i in range(len(inputs))]
+
+
+# ---- the functions -----------------------------------------------------------------------------------------
+
+
+def _check(operation: str, x: Tensor, weights: AttentionWeights) -> None:
+    check_tensor(operation, "x", x)
+    check_images(operation, "x", x)
+    if not isinstance(weights, AttentionWeights):
+        raise TypeError(f"{operation}: weights must be AttentionWeights, got {type(weights).__name__}")
+    absent = [name for name in ("w6", "b6", "w7") if getattr(weights, name) is None]
+    if len(absent) not in (0, 3):
+        raise ValueError(f"{operation}: weights.w6, b6 and w7 must all be given, or none; missing: {', '.join(absent)}")
+    check_tensor(operation, "weights.w4", weights.w4, x)
+    if weights.w4.dim() != 1 or weights.w4.numel() == 0:
+        raise ValueError(f"{operation}: weights.w4 must have shape (Co,), got {tuple(weights.w4.shape)}")
+    channels, hidden = x.shape[1], weights.hidden
+    shapes = {
+        "w13": (2 * hidden, channels),
+        "b13": (2 * hidden,),
+        "b4": (1,),
+        "w2": (channels, hidden),
+        "b2": (channels,),
+        "b7": (1,),
+        "w6": (hidden, hidden),
+        "b6": (hidden,),
+        "w7": (hidden,),
+    }
+    for name, shape in shapes.items():
+        value = getattr(weights, name)
+        if value is not None:
+            check_tensor(operation, f"weights.{name}", value, x)
+            check_shape(operation, f"weights.{name}", value, "for C channels and Co hidden", shape)
+
+
+def sparta_attention(
+    x: Tensor, weights: AttentionWeights, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DSCANet (Fig. 2) at K = 1 with BatchNorm folded: what the gate's spatial, channel and kernel are, in one pass.
+
+        h1 = relu(w1 x + b1)    channel = w2 mean_p(h1) + b2
+        h3 = relu(w3 x + b3)    spatial = w4 h3 + b4
+        h6 = relu(w6 h3 + b6)   kernel  = w7 mean_p(h6) + b7
+
+    Args:
+        x: ``(N, C, H, W)``; float64, float32, bfloat16 or float16. NCHW and channels_last are read as they lie,
+            slices of them in N and C too; other layouts are copied first. float64 and float32 are multiplied as such,
+            the 16-bit formats in their own precision or a higher one; sums are kept in float32 (float64 for float64),
+            and are bitwise repeatable.
+        weights: on x's device, in any floating dtypes.
+        backend: overrides `use_backend` for this call. Where none is asked for and there are no kernels for x, this is
+            plain PyTorch.
+
+    Returns:
+        ``spatial (N, 1, H, W)``, ``channel (N, C)``, ``kernel (N,)``, in float32 (float64 for float64; plain PyTorch: in
+        x's dtype). Differentiable in x and in the weights, any number of times in eager mode. What is kept for that is x
+        and three bits for a hidden channel and pixel. Gradients of weights that nobody asks for are not computed.
+
+    Raises:
+        TypeError: an argument is not what it should be, or has an unsupported dtype.
+        ValueError: a shape or device does not fit, or ``backend`` has no kernels for x.
+    """
+    _check("sparta_attention", x, weights)
+    chosen = _choose("sparta_attention", x, weights, backend)
+    if not chosen:
+        return reference.folded_attention(x, *weights)
+    packed = pack(weights, x.dtype, chosen)
+    if torch.is_grad_enabled() and _differentiable(x, weights):
+        return SpartaAttention.apply(x, *weights, packed)
+    found = _attend(x, packed, weights.hidden, False)
+    return found.a, found.channel, found.kernel
+
+
+def sparta_activation(
+    x: Tensor, weights: AttentionWeights, *, share: int = 1, backend: str | None = None
+) -> Tensor:
+    """The whole activation at K = 1 with BatchNorm folded: `sparta_attention` and the gate (Eq. 3, 5, 6, 8).
+
+        y = relu(x) * sigmoid(kernel * spatial (x) channel)
+
+    Args:
+        share: blocks of share x share pixels have the mean of their spatial values (Eq. 6). The others and errors: those of
+            `sparta_attention`.
+
+    Returns:
+        y with the shape, dtype and memory format of x. Differentiable as `sparta_attention` is.
+    """
+    _check("sparta_activation", x, weights)
+    check_integer("sparta_activation", "share", share, 1, 2**31 - 1)
+    chosen = _choose("sparta_activation", x, weights, backend)
+    if not chosen:
+        spatial, channel, kernel = reference.folded_attention(x, *weights)
+        return reference.gate(x, _shared(spatial, share), channel, kernel, share)
+    return activate(x, weights, pack(weights, x.dtype, chosen), share, backend)
+
+
+def activate(
+    x: Tensor,
+    weights: AttentionWeights,
+    packed: Packed,
+    share: int,
+    backend: str | None = None,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """`sparta_activation` of checked arguments and weights that are packed already.
+
+    With `skip`, like x in shape, dtype, device and strides, it is that of x + skip, which is written over x.
+    """
+    gate = backends.choose(x.device, backend).backend  # of the gate's kernels `auto` may prefer others
+    if torch.is_grad_enabled() and (_differentiable(x, weights) or (skip is not None and skip.requires_grad)):
+        return SpartaActivation.apply(x, *weights, skip, packed, share, gate)
+    found = _attend(x, packed, weights.hidden, False, skip)
+    return raw_gate_forward(x, _shared(found.a, share), found.channel, found.kernel, share, gate)
+
+
+def _choose(operation: str, x: Tensor, weights: AttentionWeights, backend: str | None) -> str:
+    chosen, reason = fused_backend(x, weights.hidden, backend, f"{operation}: backend")
+    if not chosen and backend not in (None, "auto", "reference") and x.numel() > 0 and "plain PyTorch" not in reason:
+        raise ValueError(f"{operation}: backend {backend!r} cannot take x: {reason}")
+    return chosen
+
+
+def _differentiable(x: Tensor, weights: AttentionWeights) -> bool:
+    return x.requires_grad or any(weight is not None and weight.requires_grad for weight in weights)
