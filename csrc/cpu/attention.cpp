@@ -54,6 +54,28 @@ struct Tile {
   }
 };
 
+// Asks for a tile's rows a few lines at a time, between other work: memory is then read while the products are computed,
+// which leave it idle. For channels_last, where the rows of all samples lie one behind the other.
+struct Ahead {
+  const char* first = nullptr;
+  int64_t stride = 0, lines = 0;  // between rows in bytes; of 64 bytes, in a row
+
+  Ahead() = default;
+  template <class T>
+  Ahead(const T* at, int64_t row_stride, int64_t channels)
+      : first(reinterpret_cast<const char*>(at)), stride(row_stride * int64_t{sizeof(T)}),
+        lines(ceil_div(channels * int64_t{sizeof(T)}, 64)) {}
+  // Part `part` of `parts` of a row.
+  SPARTA_INLINE void ask(int64_t row, int64_t part, int64_t parts) const {
+    for (int64_t line = part; line < lines; line += parts) __builtin_prefetch(first + row * stride + line * 64, 0, 2);
+  }
+};
+
+SPARTA_INLINE bool rows_follow_each_other(const Matrices& m, const Tiles& tiles) {
+  const AttentionShape& s = tiles.shape;
+  return !s.planar && (tiles.samples == 1 || s.samples == 1 || m.sample_stride == s.pixels * m.row_stride);
+}
+
 // ---- images as rows of pixels ----------------------------------------------------------------------------
 
 // The first (or second) halves of a and b, lane by lane in turn.
@@ -242,10 +264,10 @@ struct Forward {
   Scratch<Acc> hidden_rows{tiles.rows() * 2 * hidden};
   Scratch<Acc> dots{(tiles.rows() + lanes) * lanes};  // of h3 and w4, still spread over a register's lanes
 
-  bool gathers() const {
-    const AttentionShape& s = args.shape;
-    const bool one_matrix = tiles.samples == 1 || s.samples == 1 || args.x.sample_stride == s.pixels * args.x.row_stride;
-    return s.planar || !std::is_same_v<T, G> || inner != channels || !one_matrix;
+  bool gathers() const { return !rows_follow_each_other(args.x, tiles) || !std::is_same_v<T, G> || inner != channels; }
+  Ahead next(const Matrices& m, int64_t index) const {
+    if (m.data == nullptr || index + 1 >= tiles.count || !rows_follow_each_other(m, tiles)) return {};
+    return {Tile(tiles, index + 1).start<const T>(m, 0, false), m.row_stride, channels};
   }
   const Acc* vector(const void* of) const { return static_cast<const Acc*>(of); }
   const G* matrix(const void* of) const { return static_cast<const G*>(of); }
@@ -272,7 +294,8 @@ struct Forward {
   }
 
   // h3: kept as the next product's operand, and a.
-  void keep(const Tile& tile, const Acc* product, int64_t width, const Acc* bias, uint16_t* bits) {
+  void keep(const Tile& tile, int64_t index, const Acc* product, int64_t width, const Acc* bias, uint16_t* bits) {
+    const Ahead x_ahead = next(args.x, index), skip_ahead = next(args.skip, index);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t at = g * kHiddenGroup;
       const Sums w4 = Sums::load(vector(args.w4) + at);
@@ -280,6 +303,8 @@ struct Forward {
               [&](int64_t r, const Sums& h) {
                 if (args.shape.dynamic) h.store(h3 + r * hidden + at);
                 const auto sum = h.dot(w4);
+                x_ahead.ask(r, g, groups);
+                skip_ahead.ask(r, g, groups);
                 Simd<Acc>::store(dots + r * lanes, g == 0 ? sum : Simd<Acc>::load(dots + r * lanes) + sum);
               });
     }
@@ -306,7 +331,7 @@ struct Forward {
     products.multiply(tile.rows, width, inner, rows, direct ? args.x.row_stride : inner, matrix(args.w13), width,
                       product, width);
     reduce(tile, index, 0, product, width, b13, bits);
-    keep(tile, product + hidden, width, b13 + hidden, bits == nullptr ? nullptr : bits + groups);
+    keep(tile, index, product + hidden, width, b13 + hidden, bits == nullptr ? nullptr : bits + groups);
     if (!args.shape.dynamic) return;
     products.multiply(tile.rows, hidden, hidden, static_cast<const G*>(h3), hidden, matrix(args.w6), hidden, product,
                       width);
@@ -380,6 +405,9 @@ struct Backward {
   // G3 = ga (x) w4, and what conv6 sends back, wherever the bit is set.
   void join(const Tile& tile, const uint16_t* bits, G* to, int64_t width) const {
     const Acc* ga = vector(args.ga) + tile.row;
+    const Ahead gx = rows_follow_each_other(args.gx, tiles)
+                         ? Ahead(tile.start<const T>(args.gx, 0, false), args.gx.row_stride, channels)
+                         : Ahead();
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t at = g * kHiddenGroup;
       const Values w4 = Values::load(vector(args.w4) + at);
@@ -387,6 +415,7 @@ struct Backward {
         Values value = w4 * ga[r];
         if (args.shape.dynamic) value = value + Values::load(product + r * hidden + at);
         value.where(bits[r * words + g]).store(to + r * width + at);
+        gx.ask(r, g, groups);
       }
     }
   }
