@@ -69,24 +69,38 @@ def test_the_widths_of_networks(site):
     check_backward(triton, case, check_forward(triton, case).bits)
 
 
-def _rows(tiling) -> list[tuple[int, attention_plan.AttentionTiling]]:
-    """All that the table has for 256 hidden channels, and how wide elements are there."""
-    extents = itertools.product((2**8, 2**20), (2, 4), (80, 90, 100, 120))
-    return sorted({(itemsize, tiling(total, 64, 256, itemsize, arch)) for total, itemsize, arch in extents}, key=str)
+def _rows(tiling, *more: bool) -> list[tuple[torch.dtype, attention_plan.AttentionTiling]]:
+    """All that the table has for 256 hidden channels, each with a dtype of those that it is for."""
+    found = {}
+    for dtype, planar, total, arch in itertools.product(DTYPES, (True, False), (2**8, 2**20), (80, 90, 100, 120)):
+        found[tiling(total, 64, 256, *((dtype, planar) if more else (dtype.itemsize,)), arch)] = dtype
+    return [(dtype, row) for row, dtype in found.items()]
 
 
 @interpreted
-@pytest.mark.parametrize(("itemsize", "row"), _rows(attention_plan.attention_forward_tiling))
-def test_forward_by_every_row_of_the_table(itemsize, row, monkeypatch):
+@pytest.mark.parametrize(("dtype", "row"), _rows(attention_plan.attention_forward_tiling))
+def test_forward_by_every_row_of_the_table(dtype, row, monkeypatch):
     monkeypatch.setattr(attention_plan, "attention_forward_tiling", lambda *_: row)
-    check_forward(triton, AttentionCase((2, 60, 9, 9), 200, torch.float16 if itemsize == 2 else torch.float32))
+    check_forward(triton, AttentionCase((2, 60, 9, 9), 200, dtype))
 
 
 @interpreted
-@pytest.mark.parametrize(("itemsize", "row"), _rows(attention_plan.attention_backward_tiling))
-def test_backward_by_every_row_of_the_table(itemsize, row, monkeypatch):
+@pytest.mark.parametrize(("dtype", "row"), _rows(attention_plan.attention_backward_tiling, True))
+def test_backward_by_every_row_of_the_table(dtype, row, monkeypatch):
     monkeypatch.setattr(attention_plan, "attention_backward_tiling", lambda *_: row)
-    check_backward(triton, AttentionCase((2, 60, 9, 9), 200, torch.float16 if itemsize == 2 else torch.float32))
+    for planar in (True, False):
+        layout_ = "contiguous" if planar else "channels_last"
+        check_backward(triton, AttentionCase((2, 60, 9, 9), 200, dtype, gradient_layout=layout_))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_in_halves(dtype, monkeypatch):
+    before = attention_plan.attention_backward_tiling
+    halved = lambda *extents: before(*extents)._replace(together=False)  # noqa: E731
+    monkeypatch.setattr(attention_plan, "attention_backward_tiling", halved)
+    for dynamic in (True, False):
+        check_backward(triton, AttentionCase((3, 20, 7, 7), 70, dtype, dynamic=dynamic))
 
 
 @interpreted
@@ -310,19 +324,21 @@ def test_weights_are_packed_with_zeros_around():
     total=st.integers(1, 2**20),
     channels=st.integers(1, 600),
     hidden=st.integers(1, 256),
-    itemsize=st.sampled_from([2, 4]),
+    dtype=st.sampled_from(DTYPES),
+    planar=st.booleans(),
     arch=st.sampled_from([80, 86, 89, 90, 100, 120]),
 )
-def test_steps_divide_what_is_padded(total, channels, hidden, itemsize, arch):
+def test_steps_divide_what_is_padded(total, channels, hidden, dtype, planar, arch):
     wide, high = attention_plan.padded_channels(channels), attention_plan.padded_hidden(hidden)
     assert channels <= wide < channels + max(16, channels, 64)
     assert hidden <= high < max(17, 2 * hidden)
-    forward = attention_plan.attention_forward_tiling(total, wide, high, itemsize, arch)
-    backward = attention_plan.attention_backward_tiling(total, wide, high, itemsize, arch)
+    forward = attention_plan.attention_forward_tiling(total, wide, high, dtype.itemsize, arch)
+    backward = attention_plan.attention_backward_tiling(total, wide, high, dtype, planar, arch)
     for tiling, depth, chunk in ((forward, wide, high), (backward, high, wide)):
         assert depth % tiling.depth == chunk % tiling.chunk == 0
         numbers = (tiling.pixels, tiling.depth, tiling.chunk)
         assert all(number >= 16 and number & (number - 1) == 0 for number in numbers)
+        assert tiling.together or high >= 32  # a half of it is still a factor's extent
 
 
 def test_nothing_is_left_to_finish_where_tiles_have_whole_samples():

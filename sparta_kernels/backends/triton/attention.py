@@ -247,6 +247,76 @@ def factors(v, sample, n, in_rows, col, hidden, ONE: tl.constexpr):
     return value
 
 
+@inlined
+def hidden_gradients(
+    first_col,
+    ga,
+    v1,
+    v6,
+    bits,
+    w4,
+    w6t,
+    pixel,
+    in_rows,
+    pixels,
+    hidden,
+    ONE: tl.constexpr,
+    BYTES: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    PIXELS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """COLS columns of G1 and of G3, as factors of a matrix product; and what their rows have been divided by."""
+    MASKS: tl.constexpr = 2 if w6t is None else 3
+    # float16 does not reach down to what gradients are: rows are multiplied as parts of their largest element.
+    SCALED: tl.constexpr = DTYPE == tl.float16  # noqa: SIM300
+    n = pixel // pixels
+    sample = (tl.program_id(0) * PIXELS // pixels).to(tl.int64)
+    row = pixel.to(tl.int64) * (MASKS * BYTES)
+    col = first_col + tl.arange(0, COLS)
+    g3 = tl.zeros([PIXELS, COLS], tl.float32)
+    if w6t is not None:
+        if SCALED:
+            size6 = largest(factors(v6, sample, n, in_rows, tl.arange(0, HIDDEN), hidden, ONE))
+        k = tl.arange(0, DEPTH)
+        for first in tl.range(0, HIDDEN, DEPTH, num_stages=STAGES):
+            value = factors(v6, sample, n, in_rows, first + k, hidden, ONE)
+            if SCALED:
+                value /= size6[:, None]
+            passing = load_bits(bits, row + 2 * BYTES, in_rows, first // 8, BYTES, PIXELS, DEPTH)
+            g6 = operand(tl.where(passing, value, 0.0), DTYPE)
+            g3 = product(g6, factor(w6t + col[None, :] * HIDDEN + (first + k)[:, None], None), g3)
+        if SCALED:
+            g3 *= size6[:, None]
+    spatial = read(ga + pixel, in_rows, tl.float32)
+    g3 += spatial[:, None] * tl.load(w4 + col)[None, :]
+    g3 = tl.where(load_bits(bits, row + BYTES, in_rows, first_col // 8, BYTES, PIXELS, COLS), g3, 0.0)
+    g1 = factors(v1, sample, n, in_rows, col, hidden, ONE)
+    g1 = tl.where(load_bits(bits, row, in_rows, first_col // 8, BYTES, PIXELS, COLS), g1, 0.0)
+    size = spatial
+    if SCALED:
+        size1, size3 = largest(g1), largest(g3)
+        size = tl.where(size1 > size3, size1, size3)
+        g1, g3 = g1 / size[:, None], g3 / size[:, None]
+    return operand(g1, DTYPE), operand(g3, DTYPE), size
+
+
+@inlined
+def add_products(sums, g1, g3, size, weights, HIDDEN: tl.constexpr, SCALED: tl.constexpr):
+    """sums + (G1 W1 + G3 W3) size"""
+    if SCALED:
+        more = product(g1, factor(weights, None), tl.zeros(sums.shape, tl.float32))
+        more = product(g3, factor(weights + HIDDEN, None), more)
+        sums += more * size[:, None]
+    else:
+        sums = product(g1, factor(weights, None), sums)
+        sums = product(g3, factor(weights + HIDDEN, None), sums)
+    return sums
+
+
 @triton.jit
 def attention_backward(
     gx,
@@ -272,56 +342,38 @@ def attention_backward(
     PIXELS: tl.constexpr,
     DEPTH: tl.constexpr,
     CHUNK: tl.constexpr,
+    HALVES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """gx += G1 W1 + G3 W3 of PIXELS pixels. v6, w6t: None where Conv5 is static. ONE: they are of one sample.
 
     DEPTH channels of G6 are built and multiplied at a time; CHUNK channels of gx are read, added to and written.
+    HALVES: G1 and G3 are made in one piece (1), or in two (2), which takes fewer registers.
     """
     DTYPE: tl.constexpr = gx.dtype.element_ty
-    MASKS: tl.constexpr = 2 if w6t is None else 3
-    # float16 does not reach down to what gradients are: rows are multiplied as parts of their largest element.
     SCALED: tl.constexpr = DTYPE == tl.float16  # noqa: SIM300
+    COLS: tl.constexpr = HIDDEN // HALVES
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     in_rows = pixel < total
     n = pixel // pixels
-    col = tl.arange(0, HIDDEN)
-    row = pixel.to(tl.int64) * (MASKS * BYTES)
-
-    sample = (tl.program_id(0) * PIXELS // pixels).to(tl.int64)
-    g3 = tl.zeros([PIXELS, HIDDEN], tl.float32)
-    if w6t is not None:
-        if SCALED:
-            size = largest(factors(v6, sample, n, in_rows, col, hidden, ONE))
-        k = tl.arange(0, DEPTH)
-        for first in tl.range(0, HIDDEN, DEPTH, num_stages=STAGES):
-            value = factors(v6, sample, n, in_rows, first + k, hidden, ONE)
-            if SCALED:
-                value /= size[:, None]
-            passing = load_bits(bits, row + 2 * BYTES, in_rows, first // 8, BYTES, PIXELS, DEPTH)
-            g6 = operand(tl.where(passing, value, 0.0), DTYPE)
-            g3 = product(g6, factor(w6t + col[None, :] * HIDDEN + (first + k)[:, None], None), g3)
-        if SCALED:
-            g3 *= size[:, None]
-    spatial = read(ga + pixel, in_rows, tl.float32)
-    g3 += spatial[:, None] * tl.load(w4 + col)[None, :]
-    g3 = tl.where(load_bits(bits, row + BYTES, in_rows, 0, BYTES, PIXELS, HIDDEN), g3, 0.0)
-    g1 = factors(v1, sample, n, in_rows, col, hidden, ONE)
-    g1 = tl.where(load_bits(bits, row, in_rows, 0, BYTES, PIXELS, HIDDEN), g1, 0.0)
-    if SCALED:
-        size1, size3 = largest(g1), largest(g3)
-        size = tl.where(size1 > size3, size1, size3)
-        g1, g3 = g1 / size[:, None], g3 / size[:, None]
-    g1, g3 = operand(g1, DTYPE), operand(g3, DTYPE)
+    g1, g3, size = hidden_gradients(
+        0, ga, v1, v6, bits, w4, w6t, pixel, in_rows, pixels, hidden,
+        ONE, BYTES, HIDDEN, PIXELS, COLS, DEPTH, STAGES, DTYPE,
+    )  # fmt: skip
+    if HALVES == 2:
+        other1, other3, other_size = hidden_gradients(
+            COLS, ga, v1, v6, bits, w4, w6t, pixel, in_rows, pixels, hidden,
+            ONE, BYTES, HIDDEN, PIXELS, COLS, DEPTH, STAGES, DTYPE,
+        )  # fmt: skip
 
     place = gx + n.to(tl.int64) * gx_sample + (pixel - n * pixels).to(tl.int64) * gx_pixel
     chunk = tl.arange(0, CHUNK)
     for first in tl.range(0, CHANNELS, CHUNK, num_stages=STAGES):
-        weights = w13t + (first + chunk)[None, :] * (2 * HIDDEN) + col[:, None]
-        sums = product(g1, factor(weights, None), tl.zeros([PIXELS, CHUNK], tl.float32))
-        sums = product(g3, factor(weights + HIDDEN, None), sums)
-        if SCALED:
-            sums *= size[:, None]
+        weights = w13t + (first + chunk)[None, :] * (2 * HIDDEN) + tl.arange(0, COLS)[:, None]
+        sums = tl.zeros([PIXELS, CHUNK], tl.float32)
+        sums = add_products(sums, g1, g3, size, weights, HIDDEN, SCALED)
+        if HALVES == 2:
+            sums = add_products(sums, other1, other3, other_size, weights + COLS, HIDDEN, SCALED)
         c = (first + chunk).to(tl.int64)
         target = place[:, None] + (c * gx_channel)[None, :]
         mask = in_rows[:, None] if EVEN else in_rows[:, None] & (c < channels)[None, :]

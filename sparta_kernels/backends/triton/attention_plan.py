@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparta_kernels.ops.attention import AttentionWeights
 
 _MOST_HIDDEN = 256
+_MANY = 2**14  # pixels, of which tiles of 128 give every multiprocessor one
 _MOST_PIXELS = 2**31 - 2**12  # of all samples together; they are counted in 32 bits
 
 
@@ -31,7 +32,7 @@ class AttentionTiling(NamedTuple):
     depth: int  # forward: channels of x in a step of the first product; backward: channels of G6
     chunk: int  # forward: channels of h6 at a time; backward: channels of gx
     stages: int  # steps that are under way at a time
-    together: bool = True  # h1 and h3 from one reading of x
+    together: bool = True  # forward: h1 and h3 from one reading of x; backward: G1 and G3 in one piece
     warps: int = 8
     registers: int | None = None  # of a thread, at most; 255 where ptxas spills for an occupancy that is not needed
 
@@ -55,7 +56,7 @@ def attention_forward_tiling(total: int, channels: int, hidden: int, itemsize: i
         return AttentionTiling(128, step, chunk, 2)
     if hidden <= 128:
         return AttentionTiling(64, step, chunk, 2)
-    if itemsize == 2 and arch == 90 and total >= 2**14:
+    if itemsize == 2 and arch == 90 and total >= _MANY:
         return AttentionTiling(128, step, chunk, 3, together=False)
     if itemsize == 2:
         return AttentionTiling(64, step if _shared(arch) > 163 else min(32, step), chunk, 2)
@@ -63,8 +64,15 @@ def attention_forward_tiling(total: int, channels: int, hidden: int, itemsize: i
 
 
 @lru_cache(maxsize=256)
-def attention_backward_tiling(total: int, channels: int, hidden: int, itemsize: int, arch: int) -> AttentionTiling:
-    """For that many pixels in all, and padded extents. G1 and G3 lie in shared memory, or in registers."""
+def attention_backward_tiling(
+    total: int, channels: int, hidden: int, dtype: torch.dtype, planar: bool, arch: int
+) -> AttentionTiling:
+    """For that many pixels in all, and padded extents. G1 and G3 lie in shared memory, or in registers.
+
+    For larger tiles the same is true as forward, but registers suffice only where float16's scales and a planar image's
+    addresses do not take some.
+    """
+    itemsize = dtype.itemsize
     depth = min(128 // itemsize, hidden)
     chunk = min(128 // itemsize, channels)
     shared = _shared(arch)
@@ -76,6 +84,8 @@ def attention_backward_tiling(total: int, channels: int, hidden: int, itemsize: 
         return AttentionTiling(64, depth, chunk, 2, registers=registers)
     if hidden <= 128:
         return AttentionTiling(32 if wide else 64, depth, chunk // 2, 2, registers=registers)
+    if dtype == torch.bfloat16 and arch == 90 and not planar and total >= _MANY:
+        return AttentionTiling(128, min(32, depth), min(32, channels), 2, together=False, warps=16)
     if shared > 163:
         return AttentionTiling(64, depth, chunk // 2, 2 if wide else 3)
     if shared > 99:
@@ -277,7 +287,7 @@ def plan_attention_backward(
     target, sample_stride, pixel_stride, channel_stride = _strides(gx, planar)
     wide, high = w13t.shape[0], w4.shape[0]
     arch = _arch(gx.device) if arch is None else arch
-    tiling = attention_backward_tiling(total, wide, high, gx.itemsize, arch)
+    tiling = attention_backward_tiling(total, wide, high, gx.dtype, planar, arch)
     arguments = (
         target,
         ga.contiguous(),
@@ -302,6 +312,7 @@ def plan_attention_backward(
         tiling.pixels,
         tiling.depth,
         tiling.chunk,
+        1 if tiling.together else 2,
         tiling.stages,
     )
     programs = ceil_div(total, tiling.pixels)
