@@ -10,6 +10,7 @@ sites of ResNets. Ends with status 1 if any of them spills registers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import machine_code
 import torch
@@ -36,6 +37,13 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 _C_TYPES = {"double": "float64", "float": "float32", "sparta::bfloat16": "bfloat16", "sparta::float16": "float16"}
 SITES = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4))
 BATCH = 512
+# Of the attention network also where samples straddle tiles, with enough of them that tiles are the larger ones.
+ATTENTION = {
+    "bfloat16": (("planar", "channels_last"), (*SITES, (512, 7, 7))),
+    "float16": (("planar",), (SITES[0], SITES[3])),
+    "float32": (("channels_last",), (SITES[0], SITES[3])),  # tf32
+}
+MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")  # of sm_80, sm_90 and sm_100
 # Of the native kernels: those of whole vectors. The others read one element at a time, whatever the shape.
 _WHOLE = "16-byte vectors"
 _SINGLE = "single elements"
@@ -69,6 +77,9 @@ class Kernel:
                 "narrow_bytes_per_element": traffic.narrow,
                 "instructions_per_element": traffic.instructions,
             }
+        if self.name in ("attention_forward", "attention_backward"):
+            opcodes = [instruction.opcode.split(".")[0] for instruction in self.code.instructions]
+            facts["matrix_instructions"] = sum(opcode in MATRIX_INSTRUCTIONS for opcode in opcodes)
         return facts
 
 
@@ -111,13 +122,59 @@ class _Target:
         return 0
 
 
-def triton_launches() -> Iterator[tuple[str, str, str, Any]]:
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class _Weights(NamedTuple):
+    """What the kernels take of `sparta_kernels.ops.attention.AttentionWeights`."""
+
+    w13: torch.Tensor
+    b13: torch.Tensor
+    w4: torch.Tensor
+    b4: torch.Tensor
+    w6: torch.Tensor | None
+    b6: torch.Tensor | None
+
+
+def attention_launches(
+    shape: tuple[int, int, int, int],
+    hidden: int,
+    dtype: torch.dtype,
+    layout: str,
+    arch: int,
+    dynamic: bool = True,
+    keep: bool = True,
+) -> list[Any]:
+    """Forward's, and where it keeps bits, backward's."""
+    from sparta_kernels.backends import triton
+
+    samples, channels, *_ = shape
+    shapes = ((2 * hidden, channels), (2 * hidden,), (hidden,), (1,), (hidden, hidden), (hidden,))
+    weights = _Weights(*(empty(*size) for size in shapes))
+    if not dynamic:
+        weights = weights._replace(w6=None, b6=None)
+    order = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x = empty(*shape, dtype=dtype).contiguous(memory_format=order)
+    packed = triton.pack_attention(weights, dtype)
+    forward, found = triton.plan_attention_forward(x, packed, hidden, keep, arch)
+    if not keep:
+        return forward
+    sizes = empty(samples, hidden), empty(samples, hidden) if dynamic else None
+    backward, _ = triton.plan_attention_backward(x, found.a, *sizes, found.bits, packed, hidden, arch)
+    return [*forward, *backward]
+
+
+def triton_launches(arch: int) -> Iterator[tuple[str, str, str, Any]]:
     """Name, dtype, case and launch of every kernel that is chosen for the sites of ResNets, in the dtypes of x."""
     from sparta_kernels.backends import triton
 
-    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    for dtype_name, (layouts, sites) in ATTENTION.items():
+        for layout, site in itertools.product(layouts, sites):
+            case = "x".join(map(str, site)) + f" {layout}"
+            shape, hidden = (BATCH, *site), min(256, site[0])
+            launches = attention_launches(shape, hidden, DTYPES[dtype_name], layout, arch)
+            yield from ((launch.kernel.__name__, dtype_name, case, launch) for launch in launches)
     for dtype_name, dtype in DTYPES.items():
         for channels, height, width in SITES if dtype.itemsize in (4, 2) else SITES[:1]:
             for layout in ("planar", "channels_last"):
@@ -161,7 +218,7 @@ def _compile(work: tuple[int, int, int]) -> list[Kernel]:
     driver.set_active(_Target(arch))
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, dtype, case, launch in list(triton_launches())[first::step]:
+        for name, dtype, case, launch in list(triton_launches(arch))[first::step]:
             compiled = launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options)
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(compiled.asm["cubin"])

