@@ -16,6 +16,8 @@ FLOOR_COPIES = {  # of x: what has to be read and written, over one read and one
     "pgd_start": {"call": 1.0},  # read clean, write adv
     # Read a and b, write y; read y's gradient, write the one of both. The bits are 1/64 of a copy in float32.
     "add_relu": {"forward": 1.5, "backward": 1.0},
+    # The whole activation and its input's gradient: read x twice, write y; read x and gy twice, write gx. And the bits.
+    "activation": {"both": 4.0},
 }
 MEAN_BARS = {"forward": 1.05, "backward": 1.75}  # times copy
 EACH_BARS = {"forward": 1.2, "backward": 2.0}  # times copy

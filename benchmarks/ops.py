@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import bars
 import device_timing
@@ -71,34 +71,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "failed": [],
         "not_measured": [],
     }
+    ways = Ways("ops.py", small.OPERATIONS, _save, _print)
+    return run(ways, options, plan(options, cases, small.OPERATIONS, _importance), document, started)
+
+
+class Ways(NamedTuple):
+    """What is particular to a benchmark that measures operations: its name, they, what it makes of the results."""
+
+    name: str
+    operations: Mapping[str, Any]
+    save: Callable[[str | None, dict[str, Any]], None]
+    show: Callable[[dict[str, Any]], None]
+
+
+Plan = list[tuple[str, gates.Case, list[str]]]
+
+
+def run(ways: Ways, options: argparse.Namespace, plan: Plan, document: dict[str, Any], started: float) -> int:
+    """Measure what the plan says, tell it, and return the exit status."""
     status = 0
     try:
-        with device_timing.Cuda() if on_gpu else nullcontext() as device:
+        with device_timing.Cuda() if options.device == "cuda" else nullcontext() as device:
             if device is not None:
                 document["ceilings"] = device_timing.ceilings(device)
-            _measure(options, _plan(options, cases), document, device, started)
+            _measure(ways, options, plan, document, device, started)
         document["complete"] = not document["not_measured"] and not document["failed"]
-        _save(options.json, document)
+        ways.save(options.json, document)
     except KeyboardInterrupt:
-        print("ops.py: interrupted", file=sys.stderr)
+        print(f"{ways.name}: interrupted", file=sys.stderr)
         status = INTERRUPTED
     except torch.AcceleratorError as error:
         if not document["failed"]:  # else `_measure` has noted where it was
             document["failed"].append(str(error).splitlines()[0])
-        _save(options.json, document)
+        ways.save(options.json, document)
     except OSError as error:
-        print(f"ops.py: {error}", file=sys.stderr)
+        print(f"{ways.name}: {error}", file=sys.stderr)
         status = FAILED
     if document["results"]:
-        _print(document)
+        ways.show(document)
     for missing in document["not_measured"]:
         print(f"not measured: {missing}", file=sys.stderr)
     for failure in document["failed"]:
-        print(f"ops.py: {failure}", file=sys.stderr)
+        print(f"{ways.name}: {failure}", file=sys.stderr)
     return status or (FAILED if document["failed"] else 0)
 
 
-def _plan(options: argparse.Namespace, cases: Sequence[gates.Case]) -> list[tuple[str, gates.Case, list[str]]]:
+def plan(
+    options: argparse.Namespace,
+    cases: Sequence[gates.Case],
+    operations: Mapping[str, Any],
+    importance: Callable[[gates.Case], Any],
+) -> Plan:
     """Every case to be measured, by which candidates, in which of two phases.
 
     On a GPU, compiling takes far longer than measuring. So everything is measured without torch.compile first, and a
@@ -106,11 +129,11 @@ def _plan(options: argparse.Namespace, cases: Sequence[gates.Case]) -> list[tupl
     """
     plan = []
     if options.device == "cuda":
-        cases = sorted(cases, key=_importance)
+        cases = sorted(cases, key=importance)
     early = [name for name in options.candidates if name != "compile" or options.device == "cpu"]
     for phase, names in {"measure": early, "compile": options.candidates}.items():
         for case in cases:
-            able = [name for name in names if name in small.OPERATIONS[case.operation].candidates]
+            able = [name for name in names if name in operations[case.operation].candidates]
             if able and (phase == "measure" or ("compile" in able and able != early)):
                 plan.append((phase, case, able))
     return plan
@@ -124,8 +147,9 @@ def _importance(case: gates.Case) -> tuple[int, int]:
 
 
 def _measure(
+    ways: Ways,
     options: argparse.Namespace,
-    plan: Sequence[tuple[str, gates.Case, list[str]]],
+    plan: Plan,
     document: dict[str, Any],
     device: device_timing.Cuda | None,
     started: float,
@@ -148,9 +172,9 @@ def _measure(
                 progress.update(task, description=f"{case}: {what}", refresh=True)
 
             try:
-                for found in _measure_case(options, case, names, document, device, say):
+                for found in _measure_case(ways, options, case, names, document, device, say):
                     _add(document["results"], found)
-                    _save(options.json, document)
+                    ways.save(options.json, document)
                     times = (f"{name} {times['median_ms']:.3f}" for name, times in found["candidates"].items())
                     progress.console.print(f"{bars.title(found)}: {', '.join(times)} ms")
             except torch.OutOfMemoryError as error:
@@ -166,6 +190,7 @@ def _measure(
 
 
 def _measure_case(
+    ways: Ways,
     options: argparse.Namespace,
     case: gates.Case,
     names: Sequence[str],
@@ -175,7 +200,7 @@ def _measure_case(
 ) -> Iterator[bars.Cell]:
     """Check the candidates for a case, and time them in every direction. One that fails is named and left out."""
     say("making inputs")
-    operation, count = small.OPERATIONS[case.operation], ops_options.inputs(options, case)
+    operation, count = ways.operations[case.operation], ops_options.inputs(options, case)
     inputs = operation.make_inputs(case, count, options.device)
     candidates = {}
     for name in names:
@@ -204,7 +229,9 @@ def _measure_case(
             times = device_timing.interleave(
                 device, calls, inputs=count, seconds=options.seconds, rounds=options.rounds
             )
-        found["candidates"] = {name: measured.as_dict() for name, measured in times.items()}
+        found["candidates"] = {
+            name: {**measured.as_dict(), **getattr(candidates[name], "notes", {})} for name, measured in times.items()
+        }
         yield bars.finish(found, document.get("ceilings"))
 
 

@@ -31,7 +31,7 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[gates.Case]
         for operation in options.operation
         for case in small.cases(operation, options.batch, options.shape, options.dtype, options.layout)
     ]
-    _check(parser, options, cases)
+    check(parser, options, cases)
     return options, cases
 
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what to measure (default: the gate on a CPU, all on a GPU)",
     )
     add("--batch", nargs="+", type=count, metavar="N", help="batch sizes (default: 128; on a GPU 128, 512 and 1024)")
-    add("--shape", nargs="+", type=_shape, metavar="N,C,H,W", help="these shapes in place of the usual")
+    add("--shape", nargs="+", type=shape, metavar="N,C,H,W", help="these shapes in place of the usual")
     add("--dtype", nargs="+", choices=gates.DTYPES, help="default: fp32 and bf16; of images fp32")
     add("--layout", nargs="+", choices=gates.LAYOUTS, help="of the gate's x (default: both)")
     add(
@@ -116,7 +116,7 @@ def _usual(candidate: str, options: argparse.Namespace) -> bool:
     return candidate != "compile" or not options.quick
 
 
-def _check(parser: argparse.ArgumentParser, options: argparse.Namespace, cases: Sequence[gates.Case]) -> None:
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace, cases: Sequence[gates.Case]) -> None:
     """Refuse what could not be done, before anything is."""
     cpus = os.cpu_count() or 1
     if options.threads > cpus:
@@ -150,7 +150,8 @@ def count(text: str) -> int:
     return int(text)
 
 
-def _shape(text: str) -> tuple[int, int, int, int]:
+def shape(text: str) -> tuple[int, int, int, int]:
+    """Four extents, for argparse."""
     try:
         samples, channels, height, width = (count(part) for part in text.split(","))
     except (ValueError, argparse.ArgumentTypeError):

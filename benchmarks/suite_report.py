@@ -18,10 +18,10 @@ def summary(document: Mapping[str, Any]) -> str:
         f"{'Rehearsal without a GPU' if document['dry_run'] else machine['device']}: "
         f"torch {machine['torch']}, Python {machine['python']}, commit {commit['hash'][:12]}{changed}, "
         f"sources {document['tree']}, {document['seconds']:.0f} s" + ("" if document["complete"] else ", interrupted"),
-        f"{'step':<9} {'status':<10} {'seconds':>7}",
+        f"{'step':<10} {'status':<10} {'seconds':>7}",
     ]
     for name, step in document["steps"].items():
-        lines.append(f"{name:<9} {step['status']:<10} {step['seconds']:>7.1f}  {step.get('reason') or ''}".rstrip())
+        lines.append(f"{name:<10} {step['status']:<10} {step['seconds']:>7.1f}  {step.get('reason') or ''}".rstrip())
         details = [f"    {line}"[:_LONGEST_LINE] for line in _details(name, step)]
         lines += details[:_MOST_LINES]
         if len(details) > _MOST_LINES:
@@ -85,6 +85,16 @@ def _attack(figures: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: " + ", ".join([f"{times['median_ms']:.2f} ms", *ratios, *memory])
 
 
+def _activation(figures: Mapping[str, Any]) -> Iterator[str]:
+    yield from figures.get("failures", ())
+    for name, times in figures.get("cells", {}).items():
+        yield f"{name}: " + ", ".join(f"{candidate} {milliseconds:.3f}" for candidate, milliseconds in times.items())
+    for bar in figures.get("bars", ()):
+        if bar["passed"] is not None:
+            verdict = "pass" if bar["passed"] else "FAIL"
+            yield f"{verdict} {bar['name']}: {bar['value']:.2f} {bar['relation']} {bar['limit']:g}"
+
+
 def _choices(figures: Mapping[str, Any]) -> Iterator[str]:
     if "rows" in figures:
         yield "rows: " + ", ".join(f"{count} {backend}" for backend, count in figures["rows"].items())
@@ -96,5 +106,6 @@ _DETAILS = {
     "sanitize": _sanitize,
     "ops": _ops,
     "attack": _attack,
+    "activation": _activation,
     "choices": _choices,
 }

@@ -290,6 +290,30 @@ def attack(job: Job) -> None:
     _finish(job, document)
 
 
+def activation(job: Job) -> None:
+    """The benchmark of the whole activation."""
+    results = job.folder / "activation.json"
+    results.unlink(missing_ok=True)
+    if job.dry_run:
+        choice = ("--device", "cpu", *_TINY, "--layout", "nchw")
+    else:
+        choice = ("--device", "cuda", "--batch", "512", "--dtype", "bf16", "--seconds", "0.1", "--budget", _budget(job))
+    document = _measured(job, "activation.py", results, choice)
+    job.figures |= {
+        "cells": {
+            f"{'x'.join(map(str, cell['shape']))} {cell['dtype']} {cell['layout']}": {
+                name: times["median_ms"] for name, times in cell["candidates"].items()
+            }
+            for cell in document["results"]
+        },
+        "bars": [
+            {key: bar[key] for key in ("name", "value", "relation", "limit", "passed")} for bar in document["bars"]
+        ],
+        "not_measured": len(document["not_measured"]),
+    }
+    _finish(job, document)
+
+
 def choices(job: Job) -> None:
     """The table that `auto` reads, from what the step ops measured, beginning with the package's."""
     measured, table = job.folder / "ops.json", job.folder / "choices.csv"
@@ -362,12 +386,14 @@ def _json_line(output: str) -> Any:
     return json.loads(output.strip().splitlines()[-1])
 
 
-# A call's result is 8 files at most on some machines: here are 7, for whoever keeps the output too.
+# A call's result is 8 files at most on some machines: here are 7, for whoever keeps the output too. Hence so few logs.
 STEPS = {
-    "build": Step(build, limit=200, least=20, log="build.log"),
+    "build": Step(build, limit=200, least=20, log="test.log"),
     "test": Step(test, limit=200, least=60, log="test.log", needs=("build",)),
     "sanitize": Step(sanitize, limit=130, least=30, log="test.log", needs=("build",)),
-    "ops": Step(ops, limit=200, least=60, log="benchmarks.log", needs=("build",)),
-    "attack": Step(attack, limit=80, least=60, log="benchmarks.log", needs=("build",)),
+    "ops": Step(ops, limit=160, least=50, log="benchmarks.log", needs=("build",)),
+    "attack": Step(attack, limit=75, least=50, log="benchmarks.log", needs=("build",)),
+    # Last of those that measure: what torch.compile needs is whatever they leave.
+    "activation": Step(activation, limit=75, least=30, log="benchmarks.log", needs=("build",)),
     "choices": Step(choices, limit=20, least=10, log="benchmarks.log", after=("ops",)),
 }

@@ -271,7 +271,7 @@ def test_the_important_comes_first_and_compiling_last(seeming_gpu, modules):
     import ops_options
 
     options, cases = ops_options.read(["--device", "cuda", "--threads", "1"])
-    plan = seeming_gpu._plan(options, cases)
+    plan = seeming_gpu.plan(options, cases, modules["small"].OPERATIONS, seeming_gpu._importance)
     phases = [phase for phase, _, _ in plan]
     assert phases == sorted(phases, reverse=True)  # "measure", then "compile"
     measured = [case for phase, case, _ in plan if phase == "measure"]

@@ -17,7 +17,7 @@ import pytest
 from sparta_kernels.backends import choices
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-STEPS = ["build", "test", "sanitize", "ops", "attack", "choices"]
+STEPS = ["build", "test", "sanitize", "ops", "attack", "activation", "choices"]
 
 
 # ---- the rehearsal -----------------------------------------------------------------------------------------
@@ -60,6 +60,8 @@ def test_rehearsal_does_every_step(rehearsal):
     assert figures["ops"]["cells"] == 4 + 2 + 1 + 1 + 2
     iterations = {f"{activation} fp32 {name}" for activation in ("sparta", "relu") for name in ("loop", "ours-eager")}
     assert set(figures["attack"]["iterations"]) == iterations
+    (cell,) = figures["activation"]["cells"].values()
+    assert list(cell) == ["copy", "relu", "products", "eager", "ours"]
     assert sum(figures["choices"]["rows"].values()) == 10
 
 
@@ -68,11 +70,11 @@ def test_rehearsal_leaves_few_small_files(rehearsal):
     logs = {step["log"] for step in document["steps"].values()}
     assert {path.name for path in folder.rglob("*")} == {
         "suite.json",
-        "build.log",
         "test.log",
         "benchmarks.log",
         "ops.json",
         "attack.json",
+        "activation.json",
         "choices.csv",
     }
     assert logs < {path.name for path in folder.iterdir()}

@@ -1,0 +1,219 @@
+"""benchmarks/activation.py and training_step.py: what they time, check, keep and refuse."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparta_kernels import backends
+from sparta_kernels.nn.frozen_sparta import FrozenSparta
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+NAMES = ("activation", "activation_candidates", "gates", "memory", "ops", "training_step")
+TINY = (
+    "--shape",
+    "3,8,4,4",
+    "--inputs",
+    "2",
+    "--seconds",
+    "0.001",
+    "--quick",
+    "--threads",
+    "1",
+    "--allocator",
+    "default",
+)
+
+
+@pytest.fixture(scope="module")
+def modules():
+    sys.path.insert(0, str(FOLDER))
+    yield {name: importlib.import_module(name) for name in NAMES}
+    sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture
+def run(modules):
+    return lambda path, *arguments: modules["activation"].main([*TINY, "--json", str(path), *arguments])
+
+
+@pytest.fixture(scope="module")
+def measured(modules, tmp_path_factory):
+    path = tmp_path_factory.mktemp("activation") / "activation.json"
+    threads = torch.get_num_threads()
+    assert modules["activation"].main([*TINY, "--json", str(path)]) == 0
+    torch.set_num_threads(threads)
+    return json.loads(path.read_text())
+
+
+def test_all_are_timed(measured):
+    assert measured["complete"] is True
+    assert measured["failed"] == measured["not_measured"] == []
+    assert [(cell["dtype"], cell["layout"]) for cell in measured["results"]] == [
+        (dtype, layout) for dtype in ("fp32", "bf16") for layout in ("nchw", "channels_last")
+    ]
+    for cell in measured["results"]:
+        assert list(cell["candidates"]) == ["copy", "relu", "products", "eager", "ours"]
+        assert cell["floor_bytes"] == 4 * cell["copy_bytes"]
+        for name, times in cell["candidates"].items():
+            assert 0 < times["p20_ms"] <= times["median_ms"] <= times["p80_ms"]
+            assert ("memory" in times) == (name not in ("copy", "products"))
+        image = cell["copy_bytes"] // 2
+        memory = {name: times.get("memory") for name, times in cell["candidates"].items()}
+        assert 2 * image <= memory["relu"] < memory["eager"]
+        assert memory["ours"] > 2 * image
+    assert measured["device"]["type"] == "cpu"
+    assert {bar["passed"] for bar in measured["bars"]} == {None}  # torch.compile was not asked for
+
+
+def test_the_compiled_reference_is_measured_and_judged(run, tmp_path, capsys):
+    path = tmp_path / "activation.json"
+    candidates = ("--candidates", "compile", "ours", "--dtype", "fp32", "--layout", "nchw")
+    assert run(path, *candidates) == 0, capsys.readouterr().err
+    document = json.loads(path.read_text())
+    (cell,) = document["results"]
+    times = {name: found["median_ms"] for name, found in cell["candidates"].items()}
+    bar = document["bars"][0]
+    assert bar["name"] == "compile / ours, fp32, nchw, geometric mean"
+    assert bar["value"] == pytest.approx(times["compile"] / times["ours"])
+    assert bar["passed"] == (bar["value"] >= 1.3)
+    assert "compile / ours, fp32, nchw" in capsys.readouterr().out
+
+
+def test_ours_is_what_attack_prepare_makes(modules):
+    candidates, case = modules["activation_candidates"], modules["gates"].Case((2, 8, 4, 4), "bf16", "channels_last")
+    made = candidates._ours(case, "cpu")
+    assert isinstance(made, FrozenSparta)
+    assert made.conv1.weight.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in made.parameters())
+
+
+@pytest.mark.parametrize("what", ["y", "gradient"])
+def test_what_is_wrong_is_not_timed(run, modules, tmp_path, monkeypatch, capsys, what):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return 1.1 * y if what == "y" else y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 1.1 * grad if what == "gradient" else grad
+
+    path, right = tmp_path / "activation.json", modules["activation_candidates"]._ours
+
+    def wrong(case, device):
+        function = right(case, device)
+        return lambda x: Wrong.apply(function(x))
+
+    monkeypatch.setattr(modules["activation_candidates"], "_ours", wrong)
+    assert run(path, "--dtype", "fp32", "--layout", "nchw") == 1
+    document = json.loads(path.read_text())
+    assert document["complete"] is False
+    assert "ours" not in document["results"][0]["candidates"]
+    assert "eager" in document["results"][0]["candidates"]
+    assert f"ours computes a wrong {what}" in document["failed"][0]
+    assert f"ours computes a wrong {what}" in capsys.readouterr().err
+
+
+def test_an_interruption_keeps_what_there_is(run, modules, tmp_path, monkeypatch, capsys):
+    path, check = tmp_path / "activation.json", modules["activation_candidates"].check
+
+    def interrupted(name, candidate, inputs):
+        if inputs.case.dtype == "bf16":
+            raise KeyboardInterrupt
+        check(name, candidate, inputs)
+
+    monkeypatch.setattr(modules["activation_candidates"].Operation, "check", staticmethod(interrupted))
+    assert run(path) == 130
+    document = json.loads(path.read_text())
+    assert document["complete"] is False
+    assert [cell["dtype"] for cell in document["results"]] == ["fp32", "fp32"]
+    printed = capsys.readouterr()
+    assert "3x8x4x4" in printed.out
+    assert "activation.py: interrupted" in printed.err
+
+
+def test_a_budget_is_kept(run, tmp_path):
+    path = tmp_path / "activation.json"
+    assert run(path, "--budget", "0.001") == 0
+    document = json.loads(path.read_text())
+    assert document["results"] == []
+    assert len(document["not_measured"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch", "2"), "not allowed with argument --batch"),
+        (("--json", "no/such/folder/a.json"), "argument --json"),
+        (("--threads", "100000"), "must be at most"),
+        (("--candidates", "nobody"), "invalid choice"),
+    ],
+)
+def test_bad_arguments(modules, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        modules["activation"].read([*TINY[:2], *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_usual_cases(modules):
+    options, cases = modules["activation"].read([])
+    assert len(cases) == 2 * 4 * 2 * 2
+    assert {case.shape[1:] for case in cases} == set(modules["gates"].SHAPES)
+    assert "compile" in options.candidates
+    options, cases = modules["activation"].read(["--quick"])
+    assert {case.shape[0] for case in cases} == {32}
+    assert "compile" not in options.candidates
+
+
+def test_the_peak_of_tensors(modules):
+    def peak(work):
+        return pytest.approx(modules["memory"].peak_of_tensors(work, "cpu"), abs=1024)  # a scalar may be among them
+
+    assert peak(lambda: torch.zeros(2**18).add(1)) == 2 * 2**20
+    assert peak(lambda: [torch.zeros(2**18), torch.zeros(2**18)][:0]) == 2 * 2**20
+
+    def one_by_one():
+        for _ in range(3):
+            torch.zeros(2**18)
+
+    assert peak(one_by_one) == 2**20
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(run, tmp_path, capsys):
+    path = tmp_path / "activation.json"
+    built = [name for name in ("native", "triton") if "cuda" in backends.DEVICES.get(name, ())]
+    for backend in ("auto", *built):
+        assert run(path, "--device", "cuda", "--backend", backend) == 0, capsys.readouterr().err
+        document = json.loads(path.read_text())
+        assert document["complete"] is True
+        for cell in document["results"]:
+            assert all(times["captured"] for times in cell["candidates"].values())
+            assert cell["candidates"]["ours"]["memory"] > cell["copy_bytes"]
+
+
+# ---- a training step ---------------------------------------------------------------------------------------
+
+
+def test_a_training_step(modules, tmp_path, capsys):
+    path = tmp_path / "training.json"
+    arguments = ("--batch", "2", "--width", "4", "--rounds", "2", "--threads", "1", "--json", str(path))
+    assert modules["training_step"].main(arguments) == 0
+    document = json.loads(path.read_text())
+    assert document["complete"] is True
+    rows = {row["candidate"]: row for row in document["results"][0]["entries"]}
+    assert set(rows) == {"relu", "sparta", "sparta-plain"}
+    for row in rows.values():
+        assert 0 < row["p20_ms"] <= row["median_ms"]
+        assert row["peak_tensors"] > row["held"] > 0
+    assert rows["sparta"]["peak_tensors"] < rows["sparta-plain"]["peak_tensors"]
+    (bar,) = document["bars"]
+    assert bar["value"] == pytest.approx(rows["sparta"]["peak_tensors"] / rows["relu"]["peak_tensors"])
+    assert "memory of a training step, SPARTA / ReLU" in capsys.readouterr().out
