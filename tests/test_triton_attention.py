@@ -344,8 +344,8 @@ def test_weights_are_packed_with_zeros_around():
 
 @given(
     total=st.integers(1, 2**20),
-    channels=st.integers(1, 600),
-    hidden=st.integers(1, 256),
+    channels=st.one_of(st.integers(1, 600), st.sampled_from([1, 16, 17, 64])),
+    hidden=st.one_of(st.integers(1, 256), st.sampled_from([1, 16, 128, 129])),
     dtype=st.sampled_from(DTYPES),
     planar=st.booleans(),
     arch=st.sampled_from([80, 86, 89, 90, 100, 120]),

@@ -46,17 +46,20 @@ def _shared(arch: int) -> int:
 def attention_forward_tiling(total: int, channels: int, hidden: int, itemsize: int, arch: int) -> AttentionTiling:
     """For that many pixels in all, and padded extents.
 
-    A program reads all weights, out of the second cache, whatever its tile: with 256 hidden channels that takes longer
-    than its products. So it takes 128 pixels where there are enough of them to give every multiprocessor some, and what
-    then fills its registers is one hidden tensor at a time.
+    A program reads all weights, out of the second cache, whatever its tile: with 128 hidden channels and more that is
+    what takes longest. So it takes 128 pixels where there are enough of them to give every multiprocessor some, and
+    registers allow; with 256 hidden channels these have room for one hidden tensor at a time.
     """
     step = min(128 // itemsize, channels)
     chunk = min(128 // itemsize, hidden)
+    large = itemsize == 2 and arch == 90 and total >= _MANY
     if hidden <= 64:
         return AttentionTiling(128, step, chunk, 2)
+    if hidden <= 128 and large:
+        return AttentionTiling(128, step, chunk, 2, warps=16)
     if hidden <= 128:
         return AttentionTiling(64, step, chunk, 2)
-    if itemsize == 2 and arch == 90 and total >= _MANY:
+    if large:
         return AttentionTiling(128, step, chunk, 3, together=False)
     if itemsize == 2:
         return AttentionTiling(64, step if _shared(arch) > 163 else min(32, step), chunk, 2)
@@ -80,16 +83,18 @@ def attention_backward_tiling(
     registers = 255 if arch < 90 or shared <= 99 else None
     if hidden <= 64:
         return AttentionTiling(64 if wide and shared <= 99 else 128, depth, chunk, 2, registers=registers)
+    if hidden <= 128 and not wide and arch == 90 and total >= _MANY:
+        return AttentionTiling(128, depth, chunk, 2, warps=16)
     if hidden <= 128 and shared > 99:
         return AttentionTiling(64, depth, chunk, 2, registers=registers)
     if hidden <= 128:
-        return AttentionTiling(32 if wide else 64, depth, chunk // 2, 2, registers=registers)
+        return AttentionTiling(32 if wide else 64, depth, max(16, chunk // 2), 2, registers=registers)
     if dtype == torch.bfloat16 and arch == 90 and not planar and total >= _MANY:
         return AttentionTiling(128, min(32, depth), min(32, channels), 2, together=False, warps=16)
     if shared > 163:
-        return AttentionTiling(64, depth, chunk // 2, 2 if wide else 3)
+        return AttentionTiling(64, depth, max(16, chunk // 2), 2 if wide else 3)
     if shared > 99:
-        return AttentionTiling(32 if wide else 64, min(32, depth), chunk // 2, 2, registers=registers)
+        return AttentionTiling(32 if wide else 64, min(32, depth), max(16, chunk // 2), 2, registers=registers)
     return AttentionTiling(32, min(32, depth), 16, 1 if wide else 2, registers=registers)
 
 
