@@ -116,38 +116,40 @@ void relu_backward(int64_t elements, int dtype, Address grad, Address grad2, Add
   SPARTA_RUN(relu_backward, args)
 }
 
-using Vectors = std::array<Address, 3>;
 using Extents = std::array<int64_t, 4>;  // samples, channels, pixels, hidden (padded)
+template <size_t count>
+using Addresses = std::array<Address, count>;
 
 AttentionShape attention_shape(const Extents& s, bool planar, bool dynamic) {
   return {s[0], s[1], s[2], s[3], planar, dynamic};
 }
 
 void attention_forward(const Extents& shape, bool planar, bool dynamic, int dtype, int product, const Rows& x,
-                       const Rows& skip, const std::array<Address, 2>& matrix, const Vectors& vector, const Vectors& written, Address bits,
-                       const Where& where) {
+                       const Rows& skip, const Addresses<8>& weights, const Addresses<6>& written, const Where& where) {
+  const auto weight = [&](int i) { return pointer(weights[i]); };
+  const auto result = [&](int i) { return pointer(written[i]); };
   const AttentionForward args{attention_shape(shape, planar, dynamic), static_cast<DType>(dtype),
-                              static_cast<DType>(product), matrices(x), matrices(skip), pointer(matrix[0]), pointer(matrix[1]),
-                              pointer(vector[0]), pointer(vector[1]), pointer(vector[2]), pointer(written[0]),
-                              pointer(written[1]), pointer(written[2]), static_cast<uint16_t*>(pointer(bits)),
-                              place(where)};
+                              static_cast<DType>(product), matrices(x), matrices(skip), weight(0), weight(1), weight(2),
+                              weight(3), weight(4), weight(5), weight(6), weight(7), result(0), result(1), result(2),
+                              result(3), result(4), static_cast<uint16_t*>(result(5)), place(where)};
   py::gil_scoped_release release;
   cpu_kernels().attention_forward(args);
 }
 
 void attention_backward(const Extents& shape, bool planar, bool dynamic, int dtype, int product, const Rows& gx,
-                        const std::array<Address, 2>& matrix, const std::array<Address, 4>& vector, Address bits,
-                        const Where& where) {
+                        const Addresses<5>& weights, const Addresses<3>& gradients, Address bits, const Where& where) {
+  const auto weight = [&](int i) { return pointer(weights[i]); };
+  const auto gradient = [&](int i) { return pointer(gradients[i]); };
   const AttentionBackward args{attention_shape(shape, planar, dynamic), static_cast<DType>(dtype),
-                               static_cast<DType>(product), matrices(gx), pointer(matrix[0]), pointer(matrix[1]),
-                               pointer(vector[0]), pointer(vector[1]), pointer(vector[2]), pointer(vector[3]),
+                               static_cast<DType>(product), matrices(gx), weight(0), weight(1), weight(2), weight(3),
+                               weight(4), gradient(0), gradient(1), gradient(2),
                                static_cast<const uint16_t*>(pointer(bits)), place(where)};
   py::gil_scoped_release release;
   cpu_kernels().attention_backward(args);
 }
 
 // Where a library's products are: float32, bfloat16, release, float64 (cpu/products.h); 0 where there is none.
-void set_products(const std::array<Address, 4>& at) {
+void set_products(const Addresses<4>& at) {
   ProductFunctions functions;
   functions.float32 = reinterpret_cast<ProductFunctions::Float32>(at[0]);
   functions.bfloat16 = reinterpret_cast<ProductFunctions::Bfloat16>(at[1]);

@@ -119,13 +119,15 @@ struct ReluBackward {
   Place place;
 };
 
-// The attention network at K = 1 with folded BatchNorm, and its input gradient (DESIGN: docs/kernels.md).
+// The attention network at K = 1 with folded BatchNorm, and its input gradient (docs/kernels.md).
 //
-//   h1 = relu(w1 x + b1)   h3 = relu(w3 x + b3)   a = w4 h3 + b4   h6 = relu(w6 h3 + b6)     at each pixel
+//   h1 = relu(w1 x + b1)    channel = w2 mean(h1) + b2
+//   h3 = relu(w3 x + b3)    a = w4 h3 + b4
+//   h6 = relu(w6 h3 + b6)   kernel = w7 mean(h6) + b7
 //
-// "Padded" is a count rounded up to kHiddenGroup: padding weights and biases are 0. Matrices are row-major, in the dtype
-// of the products (cpu/products.h), those of bfloat16 with their rows interleaved in pairs, with a row of zeros behind an
-// odd last; vectors are in the accumulator's type of the images' dtype.
+// "Padded" is a count rounded up to kHiddenGroup: padding weights and biases are 0. Matrices are row-major. w13 and w6 are
+// in the dtype of the products (cpu/products.h), those of bfloat16 with their rows interleaved in pairs, with a row of
+// zeros behind an odd last. All else is in the accumulator's type of the images' dtype.
 constexpr int64_t kHiddenGroup = 16;
 
 struct AttentionShape {
@@ -139,10 +141,12 @@ struct AttentionShape {
 struct AttentionForward {
   AttentionShape shape;
   DType dtype, product;
-  Matrices x, skip;            // skip, unless its data is null, is added to x first, which is written then
-  const void *w13, *w6;        // (channels, 2 * hidden): w1 and w3 transposed; (hidden, hidden): w6 transposed
-  const void *b13, *b6, *w4;   // (2 * hidden,), (hidden,), (hidden + 1,): w4, then b4
-  void *a, *mean1, *mean6;     // written: (N, pixels), (N, hidden) each: means over pixels of h1 and h6
+  Matrices x, skip;           // skip, unless its data is null, is added to x first, which is written then
+  const void *w13, *w6, *w2;  // (channels, 2 * hidden): w1 and w3 transposed; (hidden, hidden), (hidden, channels): likewise
+  const void *b13, *b6, *b2;  // (2 * hidden,), (hidden,), (channels,)
+  const void *w4, *w7;        // (hidden + 1,): w4, then b4; w7, then b7, which alone counts unless dynamic
+  void *a, *channel, *kernel;  // written: (N, pixels), (N, channels), (N,)
+  void *mean1, *mean6;         // written: (N, hidden) each, the means of h1 and h6
   uint16_t* bits;              // written unless null: (N, pixels, masks, hidden / 16), of h1, h3, h6: see ReluForward
   Place place;
 };
@@ -150,9 +154,10 @@ struct AttentionForward {
 struct AttentionBackward {
   AttentionShape shape;
   DType dtype, product;
-  Matrices gx;                      // added to
-  const void *w13, *w6;             // (2 * hidden, channels): w1 and w3; (hidden, hidden): w6
-  const void *w4, *ga, *v1, *v6;    // (hidden,), (N, pixels), (N, hidden) each: gradients of the means / pixels
+  Matrices gx;                // added to
+  const void *w13, *w6, *w2;  // (2 * hidden, channels): w1 and w3; (hidden, hidden), (channels, hidden)
+  const void *w4, *w7;        // as forward
+  const void *ga, *gchannel, *gkernel;
   const uint16_t* bits;
   Place place;
 };

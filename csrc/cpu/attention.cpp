@@ -76,6 +76,9 @@ SPARTA_INLINE bool rows_follow_each_other(const Matrices& m, const Tiles& tiles)
   return !s.planar && (tiles.samples == 1 || s.samples == 1 || m.sample_stride == s.pixels * m.row_stride);
 }
 
+// Samples whose small products, of one row each, are computed together: as many whoever computes them.
+constexpr int64_t kTogether = 16;
+
 // ---- images as rows of pixels ----------------------------------------------------------------------------
 
 // The first (or second) halves of a and b, lane by lane in turn.
@@ -339,7 +342,7 @@ struct Forward {
   }
 
   // The means of a sample that has several tiles.
-  void finish(int64_t sample) const {
+  void add_up(int64_t sample) const {
     for (int64_t which = 0; which < (args.shape.dynamic ? 2 : 1); ++which) {
       Acc* mean = static_cast<Acc*>(which == 0 ? args.mean1 : args.mean6) + sample * hidden;
       for (int64_t at = 0; at < hidden; at += kHiddenGroup) {
@@ -347,6 +350,25 @@ struct Forward {
         for (int64_t part = 0; part < tiles.per_sample; ++part)
           sum = sum + Sums::load(partials + ((sample * tiles.per_sample + part) * 2 + which) * hidden + at);
         (sum * (Acc{1} / static_cast<Acc>(args.shape.pixels))).store(mean + at);
+      }
+    }
+  }
+
+  // What the gate takes from the means of some samples.
+  void finish(int64_t first) {
+    const int64_t samples = min(kTogether, args.shape.samples - first);
+    if (tiles.per_sample > 1)
+      for (int64_t n = first; n < first + samples; ++n) add_up(n);
+    Acc *channel = static_cast<Acc*>(args.channel) + first * channels, *kernel = static_cast<Acc*>(args.kernel) + first;
+    products.multiply(samples, channels, hidden, vector(args.mean1) + first * hidden, hidden, vector(args.w2), channels,
+                      channel, channels);
+    const Acc *b2 = vector(args.b2), *w7 = vector(args.w7);
+    for (int64_t n = 0; n < samples; ++n) {
+      for (int64_t c = 0; c < channels; ++c) channel[n * channels + c] += b2[c];
+      kernel[n] = w7[hidden];
+      if (args.shape.dynamic) {
+        const Acc* mean6 = vector(args.mean6) + (first + n) * hidden;
+        for (int64_t i = 0; i < hidden; ++i) kernel[n] += w7[i] * mean6[i];
       }
     }
   }
@@ -363,11 +385,9 @@ void forward(const AttentionForward& args) {
     Forward<T, G> pass{args, tiles, products, partials};
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < tiles.count; ++index) pass.run(index);
-    products.release();
-    if (tiles.per_sample > 1) {
 #pragma omp for schedule(static)
-      for (int64_t sample = 0; sample < args.shape.samples; ++sample) pass.finish(sample);
-    }
+    for (int64_t first = 0; first < args.shape.samples; first += kTogether) pass.finish(first);
+    products.release();
   }
   products.check();
 }
@@ -378,10 +398,15 @@ template <class T, class G>
 struct Backward {
   using Acc = typename Accumulator<T>::type;
   using Values = Group<Acc>;
+  struct Row {
+    const Acc* values;
+    Acc factor;
+  };
 
   const AttentionBackward& args;
   const Tiles& tiles;
   Products& products;
+  Acc* v1;  // (N, hidden): the gradient of the mean of h1
   const int64_t channels = args.shape.channels, hidden = args.shape.hidden, groups = hidden / kHiddenGroup;
   const int64_t words = args.shape.masks() * groups;
   const int64_t wide = ceil_div(channels, kHiddenGroup) * kHiddenGroup;  // whole registers of gx
@@ -391,12 +416,20 @@ struct Backward {
   const Acc* vector(const void* of) const { return static_cast<const Acc*>(of); }
   const G* matrix(const void* of) const { return static_cast<const G*>(of); }
 
-  // G1 or G6: the gradient of a mean, one row a sample, wherever the bit is set.
-  void spread(const Tile& tile, const Acc* gradient, const uint16_t* bits, G* to, int64_t width) const {
+  void prepare(int64_t first) {
+    const int64_t samples = min(kTogether, args.shape.samples - first);
+    products.multiply(samples, hidden, channels, vector(args.gchannel) + first * channels, channels, vector(args.w2),
+                      hidden, v1 + first * hidden, hidden);
+  }
+
+  // G1 or G6: the gradient of a mean, wherever the bit is set. gradient(sample) is a row and what it is multiplied by.
+  template <class Gradient>
+  void spread(const Tile& tile, Gradient gradient, const uint16_t* bits, G* to, int64_t width) const {
     for (int64_t n = 0; n < tile.samples; ++n)
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t at = g * kHiddenGroup;
-        const Values value = Values::load(gradient + (tile.sample + n) * hidden + at);
+        const auto [row, factor] = gradient(tile.sample + n);
+        const Values value = Values::load(row + at) * (factor / static_cast<Acc>(args.shape.pixels));
         for (int64_t r = n * tile.pixels; r < (n + 1) * tile.pixels; ++r)
           value.where(bits[r * words + g]).store(to + r * width + at);
       }
@@ -424,12 +457,12 @@ struct Backward {
     const Tile tile(tiles, index);
     const uint16_t* bits = args.bits + tile.row * words;
     if (args.shape.dynamic) {
-      spread(tile, vector(args.v6), bits + 2 * groups, g6, hidden);
+      spread(tile, [&](int64_t n) { return Row{vector(args.w7), vector(args.gkernel)[n]}; }, bits + 2 * groups, g6, hidden);
       products.multiply(tile.rows, hidden, hidden, static_cast<const G*>(g6), hidden, matrix(args.w6), hidden,
                         static_cast<Acc*>(product), hidden);
     }
     const int64_t width = 2 * hidden;
-    spread(tile, vector(args.v1), bits, g13, width);
+    spread(tile, [&](int64_t n) { return Row{v1 + n * hidden, Acc{1}}; }, bits, g13, width);
     join(tile, bits + groups, g13 + hidden, width);
     products.multiply(tile.rows, channels, width, static_cast<const G*>(g13), width, matrix(args.w13), channels,
                       static_cast<Acc*>(product), wide);
@@ -439,11 +472,15 @@ struct Backward {
 
 template <class T, class G>
 void backward(const AttentionBackward& args) {
+  using Acc = typename Accumulator<T>::type;
   const Tiles tiles(args.shape);
   Products products;
+  Scratch<Acc> v1(args.shape.samples * args.shape.hidden);
 #pragma omp parallel num_threads(static_cast<int>(max(1, min(args.place.threads, tiles.count))))
   {
-    Backward<T, G> pass{args, tiles, products};
+    Backward<T, G> pass{args, tiles, products, v1};
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < args.shape.samples; first += kTogether) pass.prepare(first);
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < tiles.count; ++index) pass.run(index);
     products.release();

@@ -5,7 +5,7 @@ Tensors arrive checked (`sparta_kernels.ops`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -250,99 +250,125 @@ def attention_unfit(x: Tensor, hidden: int) -> str | None:
     return None
 
 
-def pack_attention(weights: AttentionWeights, dtype: torch.dtype) -> list[Tensor]:
-    """The weights as the kernels read them (csrc/kernels.h): w13, w6 forward; w13, w6 backward; b13, b6, w4 and b4."""
-    product, work = _product_dtype(dtype), torch.float64 if dtype == torch.float64 else torch.float32
-    hidden, channels = weights.w4.numel(), weights.w13.shape[1]
-    padded = _padded(hidden)
+class _Packed(NamedTuple):
+    """The weights as the kernels read them (csrc/kernels.h)."""
 
-    def matrix(rows: int, columns: int, *parts: Tensor) -> list[Tensor]:
-        whole = torch.zeros(rows, columns, dtype=product)
-        for i, part in enumerate(parts):
-            whole[i * padded : i * padded + part.shape[0], : part.shape[1]] = part
-        both = whole.t().contiguous(), whole
-        return [products.in_pairs(way) if product == torch.bfloat16 else way for way in both]
+    forward13: Tensor
+    forward6: Tensor
+    forward2: Tensor
+    backward13: Tensor
+    backward6: Tensor
+    backward2: Tensor
+    b13: Tensor
+    b6: Tensor
+    b2: Tensor
+    w4: Tensor
+    w7: Tensor
 
-    def vector(size: int, *parts: Tensor | None) -> Tensor:
-        whole = torch.zeros(size, dtype=work)
-        for i, part in enumerate(parts):
-            if part is not None:
-                whole[i * padded : i * padded + part.numel()] = part
-        return whole
-
-    w13 = matrix(2 * padded, channels, weights.w13[:hidden], weights.w13[hidden:])
-    w6 = [w13[0].new_empty(0)] * 2 if weights.w6 is None else matrix(padded, padded, weights.w6)
-    b13 = vector(2 * padded, weights.b13[:hidden], weights.b13[hidden:])
-    b6, w4 = vector(padded, weights.b6), vector(padded + 1, weights.w4, weights.b4)
-    return [w13[0], w6[0], w13[1], w6[1], b13, b6, w4]
+    @property
+    def dynamic(self) -> bool:
+        return self.forward6.numel() > 0
 
 
 def _padded(hidden: int) -> int:
     return -(-hidden // 16) * 16
 
 
+def pack_attention(weights: AttentionWeights, dtype: torch.dtype) -> list[Tensor]:
+    product, work = _product_dtype(dtype), torch.float64 if dtype == torch.float64 else torch.float32
+    hidden, channels = weights.w4.numel(), weights.w13.shape[1]
+    padded = _padded(hidden)
+
+    def both_ways(rows: int, columns: int, dtype: torch.dtype, *parts: Tensor | None) -> tuple[Tensor, Tensor]:
+        whole = torch.zeros(rows, columns, dtype=dtype)
+        for i, part in enumerate(parts):
+            if part is None:
+                return whole.new_empty(0), whole.new_empty(0)
+            whole[i * padded : i * padded + part.shape[0], : part.shape[1]] = part
+        ways = whole.t().contiguous(), whole
+        return tuple(map(products.in_pairs, ways)) if dtype == torch.bfloat16 else ways  # type: ignore[return-value]
+
+    def vector(*parts: Tensor | None, end: Tensor | None = None) -> Tensor:
+        whole = torch.zeros(len(parts) * padded + (end is not None), dtype=work)
+        for i, part in enumerate(parts):
+            if part is not None:
+                whole[i * padded : i * padded + part.numel()] = part
+        if end is not None:
+            whole[-1:] = end
+        return whole
+
+    forward13, backward13 = both_ways(2 * padded, channels, product, weights.w13[:hidden], weights.w13[hidden:])
+    forward6, backward6 = both_ways(padded, padded, product, weights.w6)
+    forward2, backward2 = both_ways(channels, padded, work, weights.w2)
+    return list(
+        _Packed(
+            *(forward13, forward6, forward2, backward13, backward6, backward2),
+            b13=vector(weights.b13[:hidden], weights.b13[hidden:]),
+            b6=vector(weights.b6),
+            b2=weights.b2.to(work, copy=True),
+            w4=vector(weights.w4, end=weights.b4),
+            w7=vector(weights.w7, end=weights.b7),
+        )
+    )
+
+
 def attention_forward(
     x: Tensor, packed: list[Tensor], hidden: int, keep: bool, skip: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """With `skip`, for x + skip, which is written over x: that has no gaps."""
     planar = is_planar(x.shape, x.stride())
     read = as_rows(x, planar)
     added = None if skip is None else as_rows(skip, planar)
     if skip is not None and read.tensor is not x:
-        x.add_(skip)
-        return attention_forward(x, packed, hidden, keep)
+        return attention_forward(x.add_(skip), packed, hidden, keep)
     samples, channels, height, width = x.shape
-    padded, dynamic = _padded(hidden), packed[1].numel() > 0
-    w13, w6, _, _, b13, b6, w4 = packed
-    a = b13.new_empty(samples, 1, height, width)
-    mean1 = b13.new_empty(samples, padded)
-    mean6 = b13.new_empty(samples, padded) if dynamic else None
-    bits = torch.empty(samples, height * width, 3 if dynamic else 2, padded // 8, dtype=torch.uint8) if keep else None
+    made, padded = _Packed(*packed), _padded(hidden)
+    new = made.b13.new_empty
+    a, channel, kernel = new(samples, 1, height, width), new(samples, channels), new(samples)
+    mean1, mean6 = new(samples, padded), new(samples, padded) if made.dynamic else None
+    masks = 3 if made.dynamic else 2
+    bits = new(samples, height * width, masks, padded // 8, dtype=torch.uint8) if keep else None
+    weights = made.forward13, made.forward6, made.forward2, made.b13, made.b6, made.b2, made.w4, made.w7
     _native.attention_forward(
         (samples, channels, height * width, padded),
         planar,
-        dynamic,
+        made.dynamic,
         DTYPES[x.dtype],
-        DTYPES[w13.dtype],
+        DTYPES[made.forward13.dtype],
         _matrices(read),
         (0, 0, 0) if added is None else _matrices(added),
-        (w13.data_ptr(), w6.data_ptr()),
-        (b13.data_ptr(), b6.data_ptr(), w4.data_ptr()),
-        (a.data_ptr(), mean1.data_ptr(), 0 if mean6 is None else mean6.data_ptr()),
-        0 if bits is None else bits.data_ptr(),
+        _addresses(*weights),
+        _addresses(a, channel, kernel, mean1, mean6, bits),
         _place(x),
     )
     if padded != hidden:
         mean1, mean6 = (None if mean is None else mean[:, :hidden].contiguous() for mean in (mean1, mean6))
-    return a, mean1, mean6, bits
+    return a, channel, kernel, mean1, mean6, bits  # type: ignore[return-value]
 
 
 def attention_backward_(
-    gx: Tensor, ga: Tensor, v1: Tensor, v6: Tensor | None, bits: Tensor, packed: list[Tensor], hidden: int
+    gx: Tensor, ga: Tensor, gchannel: Tensor, gkernel: Tensor, bits: Tensor, packed: list[Tensor], hidden: int
 ) -> None:
     planar = is_planar(gx.shape, gx.stride())
     written = as_rows(gx, planar)
     samples, channels, height, width = gx.shape
-    _, _, w13, w6, _, _, w4 = packed
-    spare = _padded(hidden) - hidden
-    ga = ga.to(w4.dtype).contiguous()
-
-    def rows(v: Tensor) -> Tensor:
-        v = v.to(w4.dtype)
-        return torch.nn.functional.pad(v, (0, spare)) if spare else v.contiguous()
-
-    v1, v6 = rows(v1), None if v6 is None else rows(v6)
+    made = _Packed(*packed)
+    gradients = [gradient.to(made.w4.dtype).contiguous() for gradient in (ga, gchannel, gkernel)]
     _native.attention_backward(
-        (samples, channels, height * width, hidden + spare),
+        (samples, channels, height * width, _padded(hidden)),
         planar,
-        v6 is not None,
+        made.dynamic,
         DTYPES[gx.dtype],
-        DTYPES[w13.dtype],
+        DTYPES[made.backward13.dtype],
         _matrices(written),
-        (w13.data_ptr(), w6.data_ptr()),
-        (w4.data_ptr(), ga.data_ptr(), v1.data_ptr(), 0 if v6 is None else v6.data_ptr()),
+        _addresses(made.backward13, made.backward6, made.backward2, made.w4, made.w7),
+        _addresses(*gradients),
         bits.data_ptr(),
         _place(gx),
     )
     if written.tensor is not gx:  # an order of axes that the kernel does not write
         gx.copy_(written.tensor)
+
+
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)

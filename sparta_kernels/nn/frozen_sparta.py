@@ -86,7 +86,7 @@ class FrozenSparta(nn.Module):
         if self._whole is None:
             self._whole = self._folded()
         if backend not in self._packed:
-            self._packed[backend] = pack(self._whole, x.dtype, backend, copy=True)
+            self._packed[backend] = pack(self._whole, x.dtype, backend)
         return self._whole, self._packed[backend]
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:

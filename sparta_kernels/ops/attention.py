@@ -50,30 +50,19 @@ class AttentionWeights(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Weights as a backend's kernels read them, and what is computed outside of those in the accumulator's dtype."""
+    """Weights as a backend's kernels read them: copies."""
 
     backend: str
-    kernels: list[Tensor]
-    w2: Tensor
-    b2: Tensor
-    b7: Tensor
-    w7: Tensor | None
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        small = [self.w2, self.b2, self.b7] + ([] if self.w7 is None else [self.w7])
-        return [*self.kernels, *small]
+    tensors: list[Tensor]
+    hidden: int
+    dynamic: bool
 
 
-def pack(weights: AttentionWeights, dtype: torch.dtype, backend: str, copy: bool = False) -> Packed:
-    """The weights for images of `dtype`; with `copy` in memory of their own, else only as long as they stay as they are."""
+def pack(weights: AttentionWeights, dtype: torch.dtype, backend: str) -> Packed:
+    """The weights for images of `dtype`."""
     with torch.no_grad():
-        work = torch.float64 if dtype == torch.float64 else torch.float32
-        small = (
-            None if weight is None else weight.detach().to(work, copy=copy)
-            for weight in (weights.w2, weights.b2, weights.b7, weights.w7)
-        )
-        return Packed(backend, backends.module(backend).pack_attention(weights, dtype), *small)  # type: ignore[arg-type]
+        tensors = backends.module(backend).pack_attention(weights, dtype)
+    return Packed(backend, tensors, weights.hidden, weights.w7 is not None)
 
 
 def fused_backend(x: Tensor, hidden: int, backend: str | None = None, argument: str = "backend") -> tuple[str, str]:
@@ -103,61 +92,56 @@ def fused_backend(x: Tensor, hidden: int, backend: str | None = None, argument: 
 # ---- the raw operations ------------------------------------------------------------------------------------
 
 
-def _forward(
-    x: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, mean1, mean6, bits = backends.module(backend).attention_forward(x, list(packed), hidden, keep)
-    return a, mean1, fill(mean6, mean1), fill(bits, x)
+_Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _forward(x: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str) -> _Found:
+    found = backends.module(backend).attention_forward(x, list(packed), hidden, keep)
+    return *found[:4], fill(found[4], found[0]), fill(found[5], x)
 
 
 def _forward_(
     x: Tensor, skip: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> _Found:
     if not x.is_inference():
         increment_version(x)  # so that autograd notices a write into what it saved
-    a, mean1, mean6, bits = backends.module(backend).attention_forward(x, list(packed), hidden, keep, skip)
-    return a, mean1, fill(mean6, mean1), fill(bits, x)
+    found = backends.module(backend).attention_forward(x, list(packed), hidden, keep, skip)
+    return *found[:4], fill(found[4], found[0]), fill(found[5], x)
+
+
+def _forward_fake(x: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str) -> _Found:
+    samples, channels, height, width = x.shape
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sizes = [(samples, 1, height, width), (samples, channels), (samples,), (samples, hidden)]
+    made = [x.new_empty(size, dtype=work) for size in (*sizes, (samples, hidden) if dynamic else (0,))]
+    masks = x.new_empty((samples, height * width, 3 if dynamic else 2, -(-hidden // 16) * 2), dtype=torch.uint8)
+    return *made, masks if keep else x.new_empty(0)  # type: ignore[return-value]
 
 
 def _forward_in_place_fake(
     x: Tensor, skip: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> _Found:
     return _forward_fake(x, packed, hidden, dynamic, keep, backend)
-
-
-def _forward_fake(
-    x: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    samples, _, height, width = x.shape
-    mean = x.new_empty((samples, hidden), dtype=work)
-    bits = x.new_empty((samples, height * width, 3 if dynamic else 2, -(-hidden // 16) * 2), dtype=torch.uint8)
-    return (
-        x.new_empty((samples, 1, height, width), dtype=work),
-        mean,
-        torch.empty_like(mean) if dynamic else mean.new_empty(0),
-        bits if keep else x.new_empty(0),
-    )
 
 
 def _backward_(
     gx: Tensor,
     ga: Tensor,
-    v1: Tensor,
-    v6: Tensor | None,
+    gchannel: Tensor,
+    gkernel: Tensor,
     bits: Tensor,
     packed: Sequence[Tensor],
     hidden: int,
     backend: str,
 ) -> None:
-    backends.module(backend).attention_backward_(gx, ga, v1, v6, bits, list(packed), hidden)
+    backends.module(backend).attention_backward_(gx, ga, gchannel, gkernel, bits, list(packed), hidden)
 
 
 def _backward_fake(
     gx: Tensor,
     ga: Tensor,
-    v1: Tensor,
-    v6: Tensor | None,
+    gchannel: Tensor,
+    gkernel: Tensor,
     bits: Tensor,
     packed: Sequence[Tensor],
     hidden: int,
@@ -166,25 +150,20 @@ def _backward_fake(
     return None
 
 
-# a (N, 1, H, W), the means of h1 and h6 over pixels (N, Co), the latter empty where static, and the bits of h1, h3 and h6,
-# uint8 (N, H * W, 3, 2 * ceil(Co / 16)), empty unless `keep`: bit i % 8 of byte i // 8 is that of channel i.
-register(
-    "_attention_forward(Tensor x, Tensor[] packed, int hidden, bool dynamic, bool keep, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
+# a (N, 1, H, W), channel (N, C), kernel (N,); then what backward takes: the means of h1 and h6 over pixels (N, Co), the latter
+# empty where static, and the bits of h1, h3 and h6, uint8 (N, H * W, 3, 2 * ceil(Co / 16)), empty unless `keep`: bit i % 8
+# of byte i // 8 is that of channel i.
+_OPTIONS = "Tensor[] packed, int hidden, bool dynamic, bool keep, str backend"
+_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+register(f"_attention_forward(Tensor x, {_OPTIONS}) -> {_RESULTS}", _forward, _forward_fake)
 # The same of x + skip, which is written over x.
 register(
-    "_attention_forward_(Tensor(a!) x, Tensor skip, Tensor[] packed, int hidden, bool dynamic, bool keep, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _forward_,
-    _forward_in_place_fake,
+    f"_attention_forward_(Tensor(a!) x, Tensor skip, {_OPTIONS}) -> {_RESULTS}", _forward_, _forward_in_place_fake
 )
-# Adds to gx; v1 and v6 are the gradients of the means, divided by the number of pixels.
+# Adds to gx.
 register(
-    "_attention_backward_(Tensor(a!) gx, Tensor ga, Tensor v1, Tensor? v6, Tensor bits, Tensor[] packed, int hidden, "
-    "str backend) -> ()",
+    "_attention_backward_(Tensor(a!) gx, Tensor ga, Tensor gchannel, Tensor gkernel, Tensor bits, Tensor[] packed, "
+    "int hidden, str backend) -> ()",
     _backward_,
     _backward_fake,
 )
@@ -205,30 +184,10 @@ class _Attended(NamedTuple):
     bits: Tensor
 
 
-def _attend(x: Tensor, packed: Packed, hidden: int, keep: bool, skip: Tensor | None = None) -> _Attended:
+def _attend(x: Tensor, packed: Packed, keep: bool, skip: Tensor | None = None) -> _Attended:
     """Of x; with `skip` of x + skip, which is written over x."""
-    options = packed.kernels, hidden, packed.w7 is not None, keep, packed.backend
-    a, mean1, mean6, bits = _raw_forward(x, *options) if skip is None else _raw_forward_(x, skip, *options)
-    channel = torch.addmm(packed.b2, mean1, packed.w2.t())
-    kernel = packed.b7.expand(x.shape[0]) if packed.w7 is None else torch.addmv(packed.b7, mean6, packed.w7)
-    return _Attended(a, channel, kernel, mean1, mean6, bits)
-
-
-class _Gradients(NamedTuple):
-    """Of what the gate is made of; and v1 and v6, of h1 and h6 where their bits are set."""
-
-    a: Tensor
-    channel: Tensor
-    kernel: Tensor
-    v1: Tensor
-    v6: Tensor | None
-
-
-def _differentiate(x: Tensor, packed: Packed, ga: Tensor, gchannel: Tensor, gkernel: Tensor) -> _Gradients:
-    pixels = x.shape[2] * x.shape[3]
-    v1 = gchannel.to(packed.w2.dtype) @ packed.w2 / pixels
-    v6 = None if packed.w7 is None else torch.outer(gkernel.to(packed.w7.dtype), packed.w7 / pixels)
-    return _Gradients(ga, gchannel, gkernel, v1, v6)
+    options = packed.tensors, packed.hidden, packed.dynamic, keep, packed.backend
+    return _Attended(*(_raw_forward(x, *options) if skip is None else _raw_forward_(x, skip, *options)))
 
 
 class _Fused(Function):
@@ -249,14 +208,17 @@ class _Fused(Function):
 
     @staticmethod
     def gradients(
-        ctx: Any, x: Tensor, bits: Tensor, means: Sequence[Tensor], weights: AttentionWeights, grads: _Gradients,
+        ctx: Any,
+        x: Tensor,
+        bits: Tensor,
+        means: Sequence[Tensor],
+        weights: AttentionWeights,
+        grads: tuple[Tensor, Tensor, Tensor],
         gx: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        """Those of x, to which gx is added if it is not None, and of the weights."""
+        """Of gx, to which x's is added if it is not None, and of the weights; `grads` are those of a, channel and kernel."""
         if gx is not None:
-            _raw_backward_(
-                gx, grads.a, grads.v1, grads.v6, bits, ctx.packed.kernels, weights.hidden, ctx.packed.backend
-            )
+            _raw_backward_(gx, *grads, bits, ctx.packed.tensors, ctx.packed.hidden, ctx.packed.backend)
         wanted = _asked(ctx, weights)
         found: Sequence[Tensor | None] = (None,) * len(weights)
         if any(wanted):
@@ -292,23 +254,25 @@ class SpartaAttention(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         *weights, packed = rest
-        found = _attend(x, packed, weights[2].shape[0], True)
+        found = _attend(x, packed, True)
         ctx.set_materialize_grads(False)
+        ctx.work = found.a.dtype
         _Fused.keep(ctx, x, found, packed, AttentionWeights(*weights))
-        return found.a, found.channel, found.kernel.clone() if packed.w7 is None else found.kernel
+        return found.a, found.channel, found.kernel
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, bits, means, weights = _Fused.saved(ctx)
         if torch.is_grad_enabled():
             return *_again(ctx, x, weights, grads, None), None
-        packed, (samples, channels, height, width) = ctx.packed, x.shape
+        samples, channels, height, width = x.shape
         shapes = (samples, 1, height, width), (samples, channels), (samples,)
-        found = _differentiate(
-            x, packed, *(packed.w2.new_zeros(s) if g is None else g for g, s in zip(grads, shapes, strict=True))
+        found = tuple(
+            x.new_zeros(shape, dtype=ctx.work) if grad is None else grad
+            for grad, shape in zip(grads, shapes, strict=True)
         )
         gx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        return *_Fused.gradients(ctx, x, bits, means, weights, found, gx), None
+        return *_Fused.gradients(ctx, x, bits, means, weights, found, gx), None  # type: ignore[arg-type]
 
 
 class SpartaActivation(Function):
@@ -320,7 +284,7 @@ class SpartaActivation(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *weights, skip, packed, share, gate = rest
-        found = _attend(x, packed, weights[2].shape[0], True, skip)
+        found = _attend(x, packed, True, skip)
         spatial = _shared(found.a, share)
         _Fused.keep(ctx, x, found, packed, AttentionWeights(*weights), spatial, found.channel, found.kernel)
         ctx.share, ctx.gate, ctx.has_skip = share, gate, skip is not None
@@ -338,8 +302,7 @@ class SpartaActivation(Function):
         gx, gspatial, gchannel, gkernel = raw_gate_backward(
             gy, x, spatial, channel, kernel, ctx.share, wanted, ctx.gate
         )
-        ga = _unshared(gspatial, ctx.share, x)
-        found = _differentiate(x, ctx.packed, ga, gchannel, gkernel)
+        found = _unshared(gspatial, ctx.share, x), gchannel, gkernel
         gx, *others = _Fused.gradients(ctx, x, bits, means, weights, found, gx if wanted[0] else None)
         return gx if ctx.needs_input_grad[0] else None, *others, gx if needs_skip else None, None, None, None
 
@@ -444,7 +407,7 @@ def sparta_attention(
     packed = pack(weights, x.dtype, chosen)
     if torch.is_grad_enabled() and _differentiable(x, weights):
         return SpartaAttention.apply(x, *weights, packed)
-    found = _attend(x, packed, weights.hidden, False)
+    found = _attend(x, packed, False)
     return found.a, found.channel, found.kernel
 
 
@@ -486,7 +449,7 @@ def activate(
     gate = backends.choose(x.device, backend).backend  # of the gate's kernels `auto` may prefer others
     if torch.is_grad_enabled() and (_differentiable(x, weights) or (skip is not None and skip.requires_grad)):
         return SpartaActivation.apply(x, *weights, skip, packed, share, gate)
-    found = _attend(x, packed, weights.hidden, False, skip)
+    found = _attend(x, packed, False, skip)
     return raw_gate_forward(x, _shared(found.a, share), found.channel, found.kernel, share, gate)
 
 

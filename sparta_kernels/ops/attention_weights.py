@@ -22,27 +22,28 @@ def weight_gradients(
     ga: Tensor,
     gchannel: Tensor,
     gkernel: Tensor,
-    v1: Tensor,
-    v6: Tensor | None,
 ) -> list[Tensor | None]:
     """In the order of the weights, by a library's products, a few samples at a time.
 
+        v1 = gchannel w2 / P    v6 = gkernel w7 / P
         G1 = m1 v1    G6 = m6 v6    G3 = m3 (ga (x) w4 + w6^T G6)      m: the bit is set
         gw13 = sum (G1, G3) x^T     gw6 = sum G6 h3^T                  gw4 = sum ga h3
         gw2 = gchannel^T mean(h1)   gw7 = gkernel^T mean(h6)
 
     h3 is computed anew; all in float32 (float64 for float64).
     """
-    work, hidden = v1.dtype, weights.hidden
-    w13, b13, w4 = (weight.detach().to(work) for weight in (weights.w13, weights.b13, weights.w4))
-    w3, b3 = w13[hidden:], b13[hidden:]
-    w6 = None if weights.w6 is None else weights.w6.detach().to(work)
-    ga, gchannel, gkernel = ga.to(work), gchannel.to(work), gkernel.to(work)
     mean1, mean6 = means
+    work, hidden, pixels = mean1.dtype, weights.hidden, x.shape[2] * x.shape[3]
+    w13, b13, w4, _, w2, _, _, w6, _, w7 = (None if weight is None else weight.detach().to(work) for weight in weights)
+    assert w13 is not None and b13 is not None and w4 is not None and w2 is not None
+    w3, b3 = w13[hidden:], b13[hidden:]
+    ga, gchannel, gkernel = ga.to(work), gchannel.to(work), gkernel.to(work)
+    v1 = gchannel @ w2 / pixels
+    v6 = None if w7 is None else torch.outer(gkernel, w7 / pixels)
     gw13, gb13, gw4 = torch.zeros_like(w13), torch.zeros_like(b13), torch.zeros_like(w4)
     gw6, gb6 = (None, None) if w6 is None else (torch.zeros_like(w6), torch.zeros_like(w4))
 
-    for part in _parts(x.shape[0], x.shape[2] * x.shape[3] * hidden):
+    for part in _parts(x.shape[0], pixels * hidden):
         rows = x[part].flatten(2).transpose(1, 2).to(work)  # (n, P, C)
         m1, m3, *m6 = _mask(bits[part], hidden).unbind(2)
         h3 = torch.relu(rows @ w3.t() + b3)
