@@ -127,14 +127,18 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 class _Weights(NamedTuple):
-    """What the kernels take of `sparta_kernels.ops.attention.AttentionWeights`."""
+    """As in `sparta_kernels.ops.attention`."""
 
     w13: torch.Tensor
     b13: torch.Tensor
     w4: torch.Tensor
     b4: torch.Tensor
+    w2: torch.Tensor
+    b2: torch.Tensor
+    b7: torch.Tensor
     w6: torch.Tensor | None
     b6: torch.Tensor | None
+    w7: torch.Tensor | None
 
 
 def attention_launches(
@@ -150,10 +154,9 @@ def attention_launches(
     from sparta_kernels.backends import triton
 
     samples, channels, *_ = shape
-    shapes = ((2 * hidden, channels), (2 * hidden,), (hidden,), (1,), (hidden, hidden), (hidden,))
-    weights = _Weights(*(empty(*size) for size in shapes))
-    if not dynamic:
-        weights = weights._replace(w6=None, b6=None)
+    shapes = [(2 * hidden, channels), (2 * hidden,), (hidden,), (1,), (channels, hidden), (channels,), (1,)]
+    common, more = (empty(*size) for size in shapes), (empty(hidden, hidden), empty(hidden), empty(hidden))
+    weights = _Weights(*common, *(more if dynamic else (None,) * 3))
     order = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x = empty(*shape, dtype=dtype).contiguous(memory_format=order)
     packed = triton.pack_attention(weights, dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from cases import here, lay, random
@@ -21,19 +21,18 @@ _SUM = 2.0**-19  # of float32 sums of up to a few thousand terms
 
 
 class Weights(NamedTuple):
+    """As in `sparta_kernels.ops.attention`."""
+
     w13: Tensor
     b13: Tensor
     w4: Tensor
     b4: Tensor
+    w2: Tensor
+    b2: Tensor
+    b7: Tensor
     w6: Tensor | None
     b6: Tensor | None
-
-
-class Forward(NamedTuple):
-    a: Tensor
-    mean1: Tensor
-    mean6: Tensor | None
-    bits: Tensor | None
+    w7: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class AttentionCase:
         w13 = random(generator, 2 * hidden, channels) / channels**0.5
         w6, b6 = random(generator, hidden, hidden) / hidden**0.5, random(generator, hidden)
         w4, b4, b13 = random(generator, hidden) / hidden**0.5, random(generator, 1), random(generator, 2 * hidden)
+        w2, b2 = random(generator, channels, hidden) / hidden**0.5, random(generator, channels)
+        w7, b7 = random(generator, hidden) / hidden**0.5, random(generator, 1)
         b13[::5] = 0.0
         matrices = [w.to(self.dtype).float() for w in (w13, w6)]
         return x, Weights(
@@ -64,8 +65,12 @@ class AttentionCase:
             b13.float(),
             w4.float(),
             b4.float(),
+            w2.float(),
+            b2.float(),
+            b7.float(),
             matrices[1] if self.dynamic else None,
             b6.float() if self.dynamic else None,
+            w7.float() if self.dynamic else None,
         )
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -97,10 +102,10 @@ def _close(got: Tensor, want: Tensor, room: Tensor, name: str) -> None:
     assert not wrong.any(), f"{name}: {int(wrong.sum())} of {wrong.numel()}, first at {wrong.nonzero()[0].tolist()}"
 
 
-def check_forward(module: ModuleType, case: AttentionCase, keep: bool = True, tf32: bool = False) -> Forward:
+def check_forward(module: ModuleType, case: AttentionCase, keep: bool = True, tf32: bool = False) -> Any:
     """Run forward and compare; bits may differ only where a sum is as good as zero."""
     x, weights = case.inputs()
-    got = Forward(*module.attention_forward(x, module.pack_attention(weights, case.dtype), case.hidden, keep))
+    got = module.hidden_forward(x, module.pack_attention(weights, case.dtype), case.hidden, keep)
     samples, _, height, width = case.shape
     unit = _TF32 if tf32 else _OPERAND[case.dtype]
     rounding = _SUM + (2 * _TF32 if tf32 else 0.0)  # of a product of numbers that the dtype can hold
@@ -150,7 +155,7 @@ def check_backward(module: ModuleType, case: AttentionCase, bits: Tensor | None 
         bits = (chosen.unflatten(-1, (-1, 8)) << here(torch.arange(8))).sum(-1).to(torch.uint8)
     before, layout = gx.clone(), (gx.data_ptr(), gx.stride())
     packed = module.pack_attention(weights, case.dtype)
-    assert module.attention_backward_(gx, ga, v1, v6, bits, packed, case.hidden) is None
+    assert module.hidden_backward_(gx, ga, v1, v6, bits, packed, case.hidden) is None
     assert (gx.data_ptr(), gx.stride()) == layout
 
     unit = _TF32 if tf32 else _OPERAND[case.dtype]

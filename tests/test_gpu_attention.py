@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def _on_the_gpu() -> Iterator[None]:
 def kernels():
     if "cuda" not in backends.DEVICES.get("triton", ()):
         pytest.skip("triton has no kernels for GPUs in this installation")
-    return backends.module("triton")
+    return import_module("sparta_kernels.backends.triton.attention_plan")
 
 
 def case_of(batch: int, site: tuple[int, int, int], dtype: torch.dtype, layout: str, **options) -> AttentionCase:
@@ -89,9 +90,9 @@ def test_gradients_are_those_of_autograd(kernels, site, layout):
     loss = ((h3 @ weights.w4.double()) * ga.double().flatten(1)).sum() + (h1.sum(1) * v1).sum() + (h6.sum(1) * v6).sum()
     (want,) = torch.autograd.grad(loss, double)
     packed = kernels.pack_attention(weights, case.dtype)
-    bits = kernels.attention_forward(x, packed, case.hidden, True)[3]
+    bits = kernels.hidden_forward(x, packed, case.hidden, True)[3]
     gx = torch.zeros_like(x)
-    kernels.attention_backward_(gx, ga, v1, v6, bits, packed, case.hidden)
+    kernels.hidden_backward_(gx, ga, v1, v6, bits, packed, case.hidden)
     difference = (pixels_first(gx) - want).norm() / want.norm()
     assert difference < 0.02
 
@@ -102,9 +103,9 @@ def test_what_is_not_finite_stays_in_its_image(kernels):
         case = case_of(5, (64, 8, 8), dtype, "contiguous")
         x, weights = case.inputs()
         packed = kernels.pack_attention(weights, dtype)
-        clean = kernels.attention_forward(x, packed, case.hidden, True)
+        clean = kernels.hidden_forward(x, packed, case.hidden, True)
         x[2, 7, 1, 1] = torch.nan
-        got = kernels.attention_forward(x, packed, case.hidden, True)
+        got = kernels.hidden_forward(x, packed, case.hidden, True)
         assert got[0][2, 0, 1, 1].isnan()
         assert got[1][2].isnan().all()
         assert got[2][2].isnan().all()
@@ -130,9 +131,9 @@ def both(kernels, case: AttentionCase) -> tuple[Callable[..., list[Tensor]], lis
     packed = kernels.pack_attention(weights, case.dtype)
 
     def function(x: Tensor, *gradients: Tensor) -> list[Tensor]:
-        *results, bits = kernels.attention_forward(x, packed, case.hidden, True)
+        *results, bits = kernels.hidden_forward(x, packed, case.hidden, True)
         gx = gradients[0].clone()
-        kernels.attention_backward_(gx, *gradients[1:], bits, packed, case.hidden)
+        kernels.hidden_backward_(gx, *gradients[1:], bits, packed, case.hidden)
         return [*results, gx]
 
     return function, [x, *case.gradients()]
@@ -204,12 +205,12 @@ def test_nothing_but_the_results_is_allocated(kernels):
     case = case_of(128, (128, 8, 8), torch.bfloat16, "channels_last")
     x, weights = case.inputs()
     packed = kernels.pack_attention(weights, case.dtype)
-    results = kernels.attention_forward(x, packed, case.hidden, True)
+    results = kernels.hidden_forward(x, packed, case.hidden, True)
     size = sum(t.nbytes for t in results)
     del results
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    kept = kernels.attention_forward(x, packed, case.hidden, True)
+    kept = kernels.hidden_forward(x, packed, case.hidden, True)
     stats = torch.cuda.memory_stats()
     before = stats["requested_bytes.all.current"] - sum(t.nbytes for t in kept)
     assert stats["requested_bytes.all.peak"] - before <= size
@@ -220,10 +221,10 @@ def test_the_second_device(kernels):
         pytest.skip("needs two GPUs")
     case = case_of(5, (64, 7, 7), torch.bfloat16, "contiguous")
     x, weights = case.inputs()
-    want = kernels.attention_forward(x, kernels.pack_attention(weights, case.dtype), case.hidden, True)
+    want = kernels.hidden_forward(x, kernels.pack_attention(weights, case.dtype), case.hidden, True)
     moved = [None if t is None else t.to("cuda:1") for t in weights]
     packed = kernels.pack_attention(type(weights)(*moved), case.dtype)
-    got = kernels.attention_forward(x.to("cuda:1"), packed, case.hidden, True)
+    got = kernels.hidden_forward(x.to("cuda:1"), packed, case.hidden, True)
     for one, other in zip(got, want, strict=True):
         assert one.device == torch.device("cuda:1")
         assert torch.equal(one.to(other.device), other)

@@ -49,8 +49,8 @@ def cases(draw: st.DrawFn) -> AttentionCase:
 @interpreted
 @given(case=cases(), keep=st.booleans())
 def test_against_float64(case, keep):
-    bits = check_forward(triton, case, keep).bits
-    check_backward(triton, case, bits)
+    bits = check_forward(attention_plan, case, keep).bits
+    check_backward(attention_plan, case, bits)
 
 
 @interpreted
@@ -59,7 +59,7 @@ def test_against_float64(case, keep):
 def test_every_way_that_tiles_meet_samples(size, dynamic):
     for dtype, stored in ((torch.float32, "contiguous"), (torch.float16, "channels_last")):
         case = AttentionCase((3, 20, *size), 24, dtype, stored, stored, dynamic)
-        check_backward(triton, case, check_forward(triton, case).bits)
+        check_backward(attention_plan, case, check_forward(attention_plan, case).bits)
 
 
 @interpreted
@@ -67,7 +67,7 @@ def test_every_way_that_tiles_meet_samples(size, dynamic):
 def test_the_widths_of_networks(site):
     channels, hidden, side = site
     case = AttentionCase((5, channels, side, side), hidden, torch.bfloat16, "channels_last", "channels_last")
-    check_backward(triton, case, check_forward(triton, case).bits)
+    check_backward(attention_plan, case, check_forward(attention_plan, case).bits)
 
 
 def _rows(tiling, *more: bool) -> list[tuple[torch.dtype, attention_plan.AttentionTiling]]:
@@ -82,7 +82,7 @@ def _rows(tiling, *more: bool) -> list[tuple[torch.dtype, attention_plan.Attenti
 @pytest.mark.parametrize(("dtype", "row"), _rows(attention_plan.attention_forward_tiling))
 def test_forward_by_every_row_of_the_table(dtype, row, monkeypatch):
     monkeypatch.setattr(attention_plan, "attention_forward_tiling", lambda *_: row)
-    check_forward(triton, AttentionCase((2, 60, 9, 9), 200, dtype))
+    check_forward(attention_plan, AttentionCase((2, 60, 9, 9), 200, dtype))
 
 
 @interpreted
@@ -91,7 +91,7 @@ def test_backward_by_every_row_of_the_table(dtype, row, monkeypatch):
     monkeypatch.setattr(attention_plan, "attention_backward_tiling", lambda *_: row)
     for planar in (True, False):
         layout_ = "contiguous" if planar else "channels_last"
-        check_backward(triton, AttentionCase((2, 60, 9, 9), 200, dtype, gradient_layout=layout_))
+        check_backward(attention_plan, AttentionCase((2, 60, 9, 9), 200, dtype, gradient_layout=layout_))
 
 
 @interpreted
@@ -101,7 +101,7 @@ def test_backward_in_halves(dtype, monkeypatch):
     halved = lambda *extents: before(*extents)._replace(together=False)  # noqa: E731
     monkeypatch.setattr(attention_plan, "attention_backward_tiling", halved)
     for dynamic in (True, False):
-        check_backward(triton, AttentionCase((3, 20, 7, 7), 70, dtype, dynamic=dynamic))
+        check_backward(attention_plan, AttentionCase((3, 20, 7, 7), 70, dtype, dynamic=dynamic))
 
 
 @interpreted
@@ -122,10 +122,45 @@ def test_gradients_are_those_of_autograd():
     loss = loss + (h1.sum(1) * v1).sum() + (h6.sum(1) * v6).sum()
     (want,) = torch.autograd.grad(loss, double)
     packed = triton.pack_attention(weights, torch.float32)
-    bits = triton.attention_forward(x, packed, 20, True)[3]
+    bits = attention_plan.hidden_forward(x, packed, 20, True)[3]
     gx = torch.zeros_like(x)
-    triton.attention_backward_(gx, ga, v1, v6, bits, packed, 20)
+    attention_plan.hidden_backward_(gx, ga, v1, v6, bits, packed, 20)
     torch.testing.assert_close(gx.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+def test_channel_and_kernel_follow_from_the_means(dynamic):
+    case = AttentionCase((3, 12, 5, 7), 20, torch.float32, dynamic=dynamic)
+    x, weights = case.inputs()
+    gx, ga, *_ = case.gradients()
+    packed = triton.pack_attention(weights, torch.float32)
+    a, channel, kernel, mean1, mean6, bits = triton.attention_forward(x, packed, 20, True)
+    inner = attention_plan.hidden_forward(x, packed, 20, True)
+    assert_same_bits(a, inner.a)
+    assert torch.equal(bits, inner.bits)
+    torch.testing.assert_close(channel, inner.mean1 @ weights.w2.t() + weights.b2)
+    if dynamic:
+        torch.testing.assert_close(kernel, inner.mean6 @ weights.w7 + weights.b7)
+    else:
+        assert mean6 is None
+        assert torch.equal(kernel, weights.b7.expand(3))
+        assert kernel.data_ptr() != packed[7].data_ptr()
+    assert_same_bits(mean1, inner.mean1)
+
+    gchannel, gkernel = torch.randn(3, 12), torch.randn(3)
+    want, got = gx.clone(), gx.clone()
+    v6 = torch.outer(gkernel, weights.w7) / 35 if dynamic else None
+    attention_plan.hidden_backward_(want, ga, gchannel @ weights.w2 / 35, v6, bits, packed, 20)
+    triton.attention_backward_(got, ga, gchannel, gkernel, bits, packed, 20)
+    torch.testing.assert_close(got, want)
+
+    # Of a sum: written over its first part.
+    skip, first = torch.randn(x.shape), x.clone()
+    summed = triton.attention_forward(first, packed, 20, True, skip)
+    assert torch.equal(first, x + skip)
+    for one, other in zip(summed, triton.attention_forward(first, packed, 20, True), strict=True):
+        assert one is other is None or torch.equal(one, other)
 
 
 @interpreted
@@ -134,11 +169,11 @@ def test_gradients_that_float16_does_not_reach_down_to():
     case = AttentionCase((3, 20, 7, 7), 24, torch.float16)
     packed = triton.pack_attention(case.inputs()[1], torch.float16)
     gx, *gradients = case.gradients()
-    bits = triton.attention_forward(case.inputs()[0], packed, 24, True)[3]
+    bits = attention_plan.hidden_forward(case.inputs()[0], packed, 24, True)[3]
     results = []
     for scale in (1.0, 2.0**-12):
         got = torch.zeros_like(gx)
-        triton.attention_backward_(got, *(g * 2.0**-14 * scale for g in gradients), bits, packed, 24)
+        attention_plan.hidden_backward_(got, *(g * 2.0**-14 * scale for g in gradients), bits, packed, 24)
         results.append(got.double() / scale)
     assert results[0].abs().max() < 2.0**-8
     # What is left is the rounding of gx itself, to multiples of 2^-24.
@@ -156,9 +191,9 @@ def test_what_is_not_finite_stays_in_its_pixel_and_its_image(value, dtype):
     case = AttentionCase((4, 20, 3, 5), 24, dtype)
     x, weights = case.inputs()
     packed = triton.pack_attention(weights, dtype)
-    clean = triton.attention_forward(x, packed, 24, True)
+    clean = attention_plan.hidden_forward(x, packed, 24, True)
     x[2, 7, 1, 1] = value
-    got = triton.attention_forward(x, packed, 24, True)
+    got = attention_plan.hidden_forward(x, packed, 24, True)
     w1, w3 = weights.w13.double().chunk(2)
     b1, b3 = weights.b13.double().chunk(2)
     pixels = pixels_first(x)[2]
@@ -193,7 +228,7 @@ def test_a_mask_selects(value, dtype):
         bits = torch.full((3, 15, 3, 4), passing, dtype=torch.uint8)
         bits[..., 3] = 0
         got = gx.clone()
-        triton.attention_backward_(got, ga, v1, v6, bits, packed, 24)
+        attention_plan.hidden_backward_(got, ga, v1, v6, bits, packed, 24)
         if passing == 0:
             assert_same_bits(got, gx)
         else:
@@ -210,13 +245,15 @@ def test_nothing_to_do(shape):
     case = AttentionCase(shape, 24, torch.float32)
     result = check_forward_shapes(case)
     gx, ga, v1, v6 = case.gradients()
-    triton.attention_backward_(gx, ga, v1, v6, result[3], triton.pack_attention(case.inputs()[1], torch.float32), 24)
+    attention_plan.hidden_backward_(
+        gx, ga, v1, v6, result[3], triton.pack_attention(case.inputs()[1], torch.float32), 24
+    )
     assert gx.shape == shape
 
 
 def check_forward_shapes(case: AttentionCase) -> tuple[Tensor, ...]:
     x, weights = case.inputs()
-    result = triton.attention_forward(x, triton.pack_attention(weights, case.dtype), case.hidden, True)
+    result = attention_plan.hidden_forward(x, triton.pack_attention(weights, case.dtype), case.hidden, True)
     samples, _, height, width = case.shape
     assert result[0].shape == (samples, 1, height, width)
     assert result[1].shape == result[2].shape == (samples, case.hidden)
@@ -234,7 +271,7 @@ def test_every_output_is_written_and_nothing_beside_it(size, dtype, monkeypatch)
         monkeypatch.setattr(module, "torch", guarded)
     for stored in STORED:
         case = AttentionCase((5, 20, *size), 24, dtype, stored, stored)
-        check_backward(triton, case, check_forward(triton, case).bits)
+        check_backward(attention_plan, case, check_forward(attention_plan, case).bits)
     guarded.check()
 
 
@@ -244,11 +281,13 @@ def test_the_same_bits_every_time_and_in_both_layouts(stored):
     case = AttentionCase((9, 20, 7, 7), 24, torch.bfloat16, stored, stored)
     plain = AttentionCase((9, 20, 7, 7), 24, torch.bfloat16)
     for other in (case, plain):
-        first, second = (check_forward(triton, one) for one in (case, other))
+        first, second = (check_forward(attention_plan, one) for one in (case, other))
         for one, another in zip(first[:3], second[:3], strict=True):
             assert_same_bits(one, another)
         assert torch.equal(first.bits, second.bits)
-        assert_same_bits(check_backward(triton, case, first.bits), check_backward(triton, other, first.bits))
+        assert_same_bits(
+            check_backward(attention_plan, case, first.bits), check_backward(attention_plan, other, first.bits)
+        )
 
 
 @interpreted
@@ -257,9 +296,9 @@ def test_a_sample_is_what_it_is_alone():
     case = AttentionCase((7, 20, 7, 7), 24, torch.float32)
     x, weights = case.inputs()
     packed = triton.pack_attention(weights, torch.float32)
-    together = triton.attention_forward(x, packed, 24, True)
+    together = attention_plan.hidden_forward(x, packed, 24, True)
     for n in range(7):
-        alone = triton.attention_forward(x[n : n + 1], packed, 24, True)
+        alone = attention_plan.hidden_forward(x[n : n + 1], packed, 24, True)
         for one, other in zip(together, alone, strict=True):
             torch.testing.assert_close(one[n : n + 1], other)
 
@@ -269,19 +308,19 @@ def test_small_tensors_of_other_dtypes_and_strides():
     case = AttentionCase((3, 20, 5, 5), 24, torch.float32)
     packed = triton.pack_attention(case.inputs()[1], torch.float32)
     gx, ga, v1, v6 = case.gradients()
-    bits = triton.attention_forward(case.inputs()[0], packed, 24, True)[3]
+    bits = attention_plan.hidden_forward(case.inputs()[0], packed, 24, True)[3]
     want = gx.clone()
     rounded = [g.bfloat16() for g in (ga, v1, v6)]
-    triton.attention_backward_(want, *(g.float() for g in rounded), bits, packed, 24)
+    attention_plan.hidden_backward_(want, *(g.float() for g in rounded), bits, packed, 24)
     spread = [torch.stack([g, torch.full_like(g, math.nan)], -1)[..., 0] for g in rounded]
-    triton.attention_backward_(gx, *spread, bits, packed, 24)
+    attention_plan.hidden_backward_(gx, *spread, bits, packed, 24)
     assert_same_bits(gx, want)
 
 
 @interpreted
 def test_a_gradient_with_gaps_is_written_back():
     case = AttentionCase((3, 20, 5, 6), 24, torch.float32, gradient_layout="sliced_w")
-    check_backward(triton, case)
+    check_backward(attention_plan, case)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -324,8 +363,9 @@ def test_what_is_unfit_on_a_gpu(monkeypatch):
 
 
 def test_weights_are_packed_with_zeros_around():
-    weights = Weights(*(torch.ones(shape) for shape in ((48, 70), (48,), (24,), (1,), (24, 24), (24,))))
-    w13, b13, w4, b4, w13t, w6, b6, w6t = triton.pack_attention(weights, torch.bfloat16)
+    shapes = ((48, 70), (48,), (24,), (1,), (70, 24), (70,), (1,), (24, 24), (24,), (24,))
+    weights = Weights(*(torch.ones(shape) for shape in shapes))
+    w13, b13, w4, b4, w13t, w2, b2, b7, w6, b6, w6t, w7 = triton.pack_attention(weights, torch.bfloat16)
     assert w13.shape == (64, 128)
     assert w13.sum() == 48 * 70
     assert w13[24:32].abs().max() == w13[56:].abs().max() == w13[:, 70:].abs().max() == 0
@@ -334,9 +374,12 @@ def test_weights_are_packed_with_zeros_around():
     assert w6.shape == (32, 32)
     assert all(tensor.is_contiguous() for tensor in (w13t, w6t))
     assert {tensor.dtype for tensor in (w13, w13t, w6, w6t)} == {torch.bfloat16}
-    assert {tensor.dtype for tensor in (b13, w4, b4, b6)} == {torch.float32}
+    assert {tensor.dtype for tensor in (b13, w4, b4, b6, w2, b2, b7, w7)} == {torch.float32}
     assert b13.sum() == 48
-    assert len(triton.pack_attention(weights._replace(w6=None, b6=None), torch.bfloat16)) == 5
+    assert len(triton.pack_attention(weights._replace(w6=None, b6=None, w7=None), torch.bfloat16)) == 8
+    # They stay what they are when the weights change.
+    for name, tensor in (("b4", b4), ("w2", w2), ("b2", b2), ("b7", b7), ("w7", w7)):
+        assert tensor.data_ptr() != getattr(weights, name).data_ptr()
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -364,7 +407,8 @@ def test_steps_divide_what_is_padded(total, channels, hidden, dtype, planar, arc
 
 
 def test_nothing_is_left_to_finish_where_tiles_have_whole_samples():
-    weights = Weights(*(empty(*shape) for shape in ((48, 64), (48,), (24,), (1,), (24, 24), (24,))))
+    shapes = ((48, 64), (48,), (24,), (1,), (64, 24), (64,), (1,), (24, 24), (24,), (24,))
+    weights = Weights(*(empty(*shape) for shape in shapes))
     packed = triton.pack_attention(weights, torch.bfloat16)
     for side, launches in ((1, 1), (4, 1), (7, 2), (8, 1), (16, 2), (32, 2)):
         x = empty(512, 64, side, side, dtype=torch.bfloat16)

@@ -57,11 +57,13 @@ ONE_WAY = {"h1's weights for h3": False, "h1's weights for h3, together": True, 
 def _check_all() -> None:
     for dtype, size in itertools.product((torch.float32, torch.float16), ((4, 4), (7, 7))):
         case = AttentionCase((3, 20, *size), 24, dtype)
-        check_backward(triton, case, check_forward(triton, case).bits)
+        check_backward(attention_plan, case, check_forward(attention_plan, case).bits)
     # A sum that is exactly 0 does not pass.
     case = AttentionCase((1, 20, 4, 4), 24, torch.float32)
     x, weights = case.inputs()
-    bits = triton.attention_forward(torch.zeros_like(x), triton.pack_attention(weights, torch.float32), 24, True)[3]
+    bits = attention_plan.hidden_forward(torch.zeros_like(x), triton.pack_attention(weights, torch.float32), 24, True)[
+        3
+    ]
     assert torch.equal(unpacked(bits, 24)[0, 0, 0], weights.b13[:24] > 0)
 
 

@@ -138,9 +138,10 @@ def attention_unfit(x: Tensor, hidden: int) -> str | None:
 
 
 def pack_attention(weights: AttentionWeights, dtype: torch.dtype) -> list[Tensor]:
-    """w13 (2 hidden, C), b13, w4, b4, w13 transposed; and with a dynamic Conv5 w6, b6, w6 transposed.
+    """Copies: w13 (2 hidden, C), b13, w4, b4, w13 transposed, w2, b2, b7; if dynamic w6, b6, w6 transposed, w7.
 
-    Extents are padded (`padded_hidden`, `padded_channels`). Matrices are in `dtype`, all else in float32.
+    Extents of what the kernels read are padded (`padded_hidden`, `padded_channels`), and their matrices in `dtype`; all
+    else is in float32.
     """
     hidden, channels = weights.w4.numel(), weights.w13.shape[1]
     high, wide = padded_hidden(hidden), padded_channels(channels)
@@ -148,21 +149,26 @@ def pack_attention(weights: AttentionWeights, dtype: torch.dtype) -> list[Tensor
     def vector(values: Tensor) -> Tensor:
         return torch.nn.functional.pad(values.detach().float(), (0, high - hidden))
 
+    def small(values: Tensor) -> Tensor:
+        return values.detach().to(torch.float32, copy=True)
+
     def matrix(values: Tensor, cols: int) -> Tensor:
         values = values.detach().to(dtype)
         return torch.nn.functional.pad(values, (0, cols - values.shape[1], 0, high - hidden))
 
     w13 = torch.cat([matrix(part, wide) for part in weights.w13.split(hidden)])
     b13 = torch.cat([vector(part) for part in weights.b13.split(hidden)])
-    packed = [w13, b13, vector(weights.w4), weights.b4.detach().float(), w13.t().contiguous()]
-    if weights.w6 is not None and weights.b6 is not None:
+    w4, b4, w2, b2, b7 = vector(weights.w4), *map(small, (weights.b4, weights.w2, weights.b2, weights.b7))
+    packed = [w13, b13, w4, b4, w13.t().contiguous(), w2, b2, b7]
+    if weights.w6 is not None and weights.b6 is not None and weights.w7 is not None:
         w6 = matrix(weights.w6, high)
-        packed += [w6, vector(weights.b6), w6.t().contiguous()]
+        packed += [w6, vector(weights.b6), w6.t().contiguous(), small(weights.w7)]
     return [tensor.contiguous() for tensor in packed]
 
 
-def _dynamic(packed: list[Tensor]) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    return (packed[5], packed[6], packed[7]) if len(packed) > 5 else (None, None, None)
+def _dynamic(packed: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor] | tuple[None, None, None, None]:
+    """w6, b6, w6 transposed and w7, or None."""
+    return (packed[8], packed[9], packed[10], packed[11]) if len(packed) > 8 else (None, None, None, None)
 
 
 def _strides(image: Tensor, planar: bool) -> tuple[Tensor, int, int, int]:
@@ -175,7 +181,7 @@ def _strides(image: Tensor, planar: bool) -> tuple[Tensor, int, int, int]:
 
 
 class Attention(NamedTuple):
-    """What forward leaves: a (N, 1, H, W), the means (N, hidden), the bits (N, P, masks, bytes)."""
+    """What the kernels leave: a (N, 1, H, W), the means (N, hidden), the bits (N, P, masks, bytes)."""
 
     a: Tensor
     mean1: Tensor
@@ -189,7 +195,7 @@ def plan_attention_forward(
     samples, channels, height, width = x.shape
     pixels, total = height * width, samples * height * width
     w13, b13, w4, b4 = packed[:4]
-    w6, b6, _ = _dynamic(packed)
+    w6, b6, _, _ = _dynamic(packed)
     width_of_bits = 2 * ceil_div(hidden, 16)
     a = torch.empty((samples, 1, height, width), dtype=torch.float32, device=x.device)
     mean1 = torch.empty((samples, hidden), dtype=torch.float32, device=x.device)
@@ -262,12 +268,30 @@ def plan_attention_forward(
     return launches, result
 
 
-def attention_forward(
-    x: Tensor, packed: list[Tensor], hidden: int, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def hidden_forward(x: Tensor, packed: list[Tensor], hidden: int, keep: bool) -> Attention:
     launches, result = plan_attention_forward(x, packed, hidden, keep)
     run(launches, x.device)
     return result
+
+
+def attention_forward(
+    x: Tensor, packed: list[Tensor], hidden: int, keep: bool, skip: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """a (N, 1, H, W), channel (N, C), kernel (N,), the means of h1 and h6 (N, hidden), the bits.
+
+    With `skip`, for x + skip, which is written over x, in a pass of its own. What is left between the means and channel
+    and kernel are two small products, in float32 (tf32 where torch may).
+    """
+    if skip is not None:
+        x.add_(skip)
+    found = hidden_forward(x, packed, hidden, keep)
+    w2, b2, b7 = packed[5:8]
+    w7 = _dynamic(packed)[3]
+    channel = torch.addmm(b2, found.mean1, w2.t())
+    kernel = b7.expand(x.shape[0]).clone()
+    if found.mean6 is not None and w7 is not None:
+        kernel = torch.addmv(b7, found.mean6, w7)
+    return found.a, channel, kernel, found.mean1, found.mean6, found.bits
 
 
 # ---- backward ----------------------------------------------------------------------------------------------
@@ -289,7 +313,7 @@ def plan_attention_backward(
     if total == 0:
         return [], gx
     w4, w13t = packed[2], packed[4]
-    _, _, w6t = _dynamic(packed)
+    _, _, w6t, _ = _dynamic(packed)
     planar = is_planar(gx.shape, gx.stride())
     target, sample_stride, pixel_stride, channel_stride = _strides(gx, planar)
     wide, high = w13t.shape[0], w4.shape[0]
@@ -326,10 +350,21 @@ def plan_attention_backward(
     return [Launch(attention.attention_backward, programs, arguments, tiling.warps, tiling.registers)], target
 
 
-def attention_backward_(
+def hidden_backward_(
     gx: Tensor, ga: Tensor, v1: Tensor, v6: Tensor | None, bits: Tensor, packed: list[Tensor], hidden: int
 ) -> None:
+    """Add to gx. v1, v6 (N, hidden): the gradients of the means of h1 and h6, divided by the number of pixels."""
     launches, target = plan_attention_backward(gx, ga, v1, v6, bits, packed, hidden)
     run(launches, gx.device)
     if target is not gx:
         gx.copy_(target)
+
+
+def attention_backward_(
+    gx: Tensor, ga: Tensor, gchannel: Tensor, gkernel: Tensor, bits: Tensor, packed: list[Tensor], hidden: int
+) -> None:
+    """Add to gx, given the gradients of what forward returns first."""
+    pixels, w2, w7 = gx.shape[2] * gx.shape[3], packed[5], _dynamic(packed)[3]
+    v1 = gchannel.float() @ w2 / pixels
+    v6 = None if w7 is None else torch.outer(gkernel.float(), w7 / pixels)
+    hidden_backward_(gx, ga, v1, v6, bits, packed, hidden)
