@@ -50,6 +50,7 @@ class Fault:
 
 GATE, CONV, PGD = "tests/test_gate.py", "tests/test_dynamic_conv.py", "tests/test_pgd_ops.py"
 RELU = "tests/test_relu.py"
+TRAINING = "not processes and not little_more_memory and not compile and not gradcheck"  # what is quick there
 BACKENDS, BAD, REFERENCE = "tests/test_backends.py", "tests/test_bad_input.py", "tests/test_reference.py"
 SECOND_ORDER = f"{GATE}::test_gradgradcheck"
 OPCHECK = "tests/test_dispatch.py::test_opcheck_of_the_convolution"
@@ -134,6 +135,18 @@ FAULTS = [
         "found = _raw_backward(grad, grad2,",
         "found = _raw_backward(grad, None,",
         RELU,
+    ),
+    *(
+        Fault(f"training-{name}", "sparta_kernels/nn/recomputed.py", old, new, "tests/test_recomputed.py", TRAINING)
+        for name, old, new in (
+            ("batches", "norm.num_batches_tracked.add_(1)", "norm.num_batches_tracked.add_(2)"),
+            ("pixels", "gh1 = (found / pixels).expand", "gh1 = found.expand"),
+            ("spatial", "gh3.addcmul_(gspatial, self.w.w4)", "gh3"),
+            ("shift", "beta - mean * scale", "beta + mean * scale"),
+            ("hooks", "if has_hooks(layer) or ", "if "),
+            ("kept", "z if keep else None", "z"),
+            ("bits", "_relu_backward(grad, None, bits, stride,", "_relu_backward(grad, None, bits | 1, stride,"),
+        )
     ),
     Fault("relu-order", LAYOUT, "if tensor.stride() == stride:", "if tensor.numel() > 0:", RELU),
     Fault("relu-overlap", f"{OPS}/relu.py", "if ahead != 0 and", "if False and", RELU),

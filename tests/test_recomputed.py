@@ -54,7 +54,7 @@ def gradients(module: nn.Module, x: Tensor, **options: object) -> dict[str, Tens
     """The result and all gradients of a training step, by name."""
     x = x.detach().requires_grad_()
     y = module(x)
-    weights = torch.cos(torch.arange(y.numel(), dtype=torch.float64)).view_as(y).to(y.dtype)
+    weights = torch.cos(torch.arange(y.numel(), dtype=torch.float64)).view_as(y).to(y)
     leaves = {"x": x, **{name: p for name, p in module.named_parameters() if p.requires_grad}}
     found = torch.autograd.grad(y, list(leaves.values()), weights, **options)
     return {"y": y, **dict(zip(leaves, found, strict=True))}
@@ -463,6 +463,19 @@ def test_two_processes_average_their_gradients(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("arguments", [{}, {"dynamic": False}, {"kernel_size": 3}], ids=str)
+def test_on_a_gpu(arguments, dtype, taken):
+    module, x = build(**arguments).cuda(), features(*SHAPE).cuda()
+    got, want = both(module.to(dtype), x.to(dtype))
+    tolerance = 1e-8 if dtype == torch.float64 else 1e-2  # torch may multiply in tf32
+    for name, value in want.items():
+        scale = max(1.0, float(value.detach().abs().max()))
+        assert float((got[name] - value).detach().abs().max()) <= tolerance * scale, name
+    assert taken == [True, False]
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
