@@ -41,7 +41,7 @@ BATCH = 512
 ATTENTION = {
     "bfloat16": (("planar", "channels_last"), (*SITES, (512, 7, 7))),
     "float16": (("planar",), (SITES[0], SITES[3])),
-    "float32": (("channels_last",), (SITES[0], SITES[3])),  # tf32
+    "float32": (("planar", "channels_last"), (SITES[0], SITES[3])),  # tf32
 }
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")  # of sm_80, sm_90 and sm_100
 # Of the native kernels: those of whole vectors. The others read one element at a time, whatever the shape.

@@ -54,7 +54,7 @@ def attention_forward_tiling(total: int, channels: int, hidden: int, itemsize: i
     chunk = min(128 // itemsize, hidden)
     large = itemsize == 2 and arch == 90 and total >= _MANY
     if hidden <= 64:
-        return AttentionTiling(128, step, chunk, 2)
+        return AttentionTiling(128, step, chunk, 2, registers=255 if itemsize == 4 and arch >= 100 else None)
     if hidden <= 128 and large:
         return AttentionTiling(128, step, chunk, 2, warps=16)
     if hidden <= 128:
