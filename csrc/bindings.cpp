@@ -54,11 +54,11 @@ void gate_forward(const std::array<int64_t, 5>& shape, bool planar, int dtype, c
 }
 
 void gate_backward(const std::array<int64_t, 5>& shape, bool planar, int dtype, const Rows& x, const Rows& gy,
-                   const Rows& gx, const Small& spatial, const Small& channel, const Small& kernel,
+                   const Rows& gx, const Rows& gy2, const Small& spatial, const Small& channel, const Small& kernel,
                    const Small& grad_spatial, const Small& grad_channel, const Small& grad_kernel, Address scratch,
                    const Where& where) {
   const GateBackward args{gate_shape(shape, planar), static_cast<DType>(dtype), matrices(x), matrices(gy), matrices(gx),
-                          dense(spatial), dense(channel), dense(kernel), dense(grad_spatial), dense(grad_channel),
+                          matrices(gy2), dense(spatial), dense(channel), dense(kernel), dense(grad_spatial), dense(grad_channel),
                           dense(grad_kernel), pointer(scratch), place(where)};
   SPARTA_RUN(gate_backward, args)
 }

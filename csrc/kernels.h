@@ -52,6 +52,7 @@ struct GateBackward {
   GateShape shape;
   DType dtype;                                     // of x, gy and gx
   Matrices x, gy, gx;                              // gx is written, unless its data is null
+  Matrices gy2;                                    // on a CPU: added to gy, unless its data is null
   Dense spatial, channel, kernel;                  // as in forward
   Dense grad_spatial, grad_channel, grad_kernel;   // written, unless null
   void* scratch;                                   // on a CUDA device: gate_backward_scratch() bytes

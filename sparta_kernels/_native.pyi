@@ -27,6 +27,7 @@ def gate_backward(
     x: _Rows,
     gy: _Rows,
     gx: _Rows,
+    gy2: _Rows,  # on the CPU: added to gy
     spatial: _Small,
     channel: _Small,
     kernel: _Small,
@@ -104,6 +105,34 @@ def relu_backward(
     place: _Place,
     /,
 ) -> None: ...
+def attention_forward(
+    shape: tuple[int, int, int, int],  # N, C, H * W, hidden channels padded to a multiple of 16
+    planar: bool,
+    dynamic: bool,
+    dtype: int,  # of x
+    product: int,  # of the matrices
+    x: _Rows,
+    skip: _Rows,  # 0: none
+    weights: tuple[int, ...],  # w13, w6, w2, b13, b6, b2, w4, w7: csrc/kernels.h
+    written: tuple[int, ...],  # a, channel, kernel, mean1, mean6, bits (0: not kept)
+    place: _Place,
+    /,
+) -> None: ...
+def attention_backward(
+    shape: tuple[int, int, int, int],
+    planar: bool,
+    dynamic: bool,
+    dtype: int,
+    product: int,
+    gx: _Rows,
+    weights: tuple[int, ...],  # w13, w6, w2, w4, w7
+    gradients: tuple[int, ...],  # of a, channel and kernel
+    bits: int,
+    place: _Place,
+    /,
+) -> None: ...
+def set_products(addresses: list[int], /) -> None: ...  # float32, bfloat16, release, float64
+def multiply(dtype: int, m: int, n: int, k: int, a: int, b: int, c: int, /) -> None: ...
 def philox4x32(counter: list[int], key: list[int], /) -> list[int]: ...
 def isa() -> str: ...
 def built_isas() -> list[str]: ...

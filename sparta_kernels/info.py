@@ -10,8 +10,10 @@ import torch
 from sparta_kernels import backends
 from sparta_kernels._version import __version__
 from sparta_kernels.backends import choices, native
+from sparta_kernels.ops.attention import fused_backend
 
 OPERATIONS = ("sparta_gate", "dynamic_conv", "pgd_step_", "pgd_start_")
+ATTENTION = ("sparta_attention", "sparta_activation")  # whose kernels are not for every dtype
 
 
 def _cuda() -> dict[str, Any]:
@@ -35,6 +37,16 @@ def _cuda() -> dict[str, Any]:
 
 def _cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _attention(kind: str) -> backends.Choice:
+    """What `auto` takes for bfloat16, and what it takes for each dtype as the reason."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        backend, why = fused_backend(torch.empty(1, 1, 1, 1, dtype=dtype, device=kind), 1, "auto")
+        found[str(dtype).removeprefix("torch.")] = (backend, "its kernels") if backend else ("reference", why)
+    reason = "; ".join(f"{dtype}: {backend} ({why})" for dtype, (backend, why) in found.items())
+    return backends.Choice(found["bfloat16"][0], reason)
 
 
 def build_info() -> dict[str, Any]:
@@ -66,7 +78,8 @@ def build_info() -> dict[str, Any]:
         "cuda": _cuda(),
         "backends": ["reference", *backends.DEVICES],
         "operations": {
-            operation: {kind: choice._asdict() for kind, choice in chosen.items()} for operation in OPERATIONS
+            **{operation: {kind: choice._asdict() for kind, choice in chosen.items()} for operation in OPERATIONS},
+            **{operation: {kind: _attention(kind)._asdict() for kind in kinds} for operation in ATTENTION},
         },
         "engines": engines.chosen(),
     }

@@ -176,24 +176,24 @@ struct Gradients {
   }
 };
 
-// One chunk of one sample: writes gx, adds to grad_col, and sets grad_row.
-template <class T, bool want_input, bool want_factors, bool stream>
+// One chunk of one sample: writes gx, adds to grad_col, and sets grad_row. With `two`, gy is a sum.
+template <class T, bool want_input, bool want_factors, bool stream, bool two>
 struct BackwardChunk {
   using Acc = typename Accumulator<T>::type;
   using Lanes = Simd<T>;
   using Vector = typename Lanes::Vector;
   using Grads = Gradients<T, want_input, want_factors>;
 
-  const T *x, *gy;
+  const T *x, *gy, *gy2;
   T* gx;
-  int64_t x_stride, gy_stride, gx_stride;
+  int64_t x_stride, gy_stride, gy2_stride, gx_stride;
   int64_t rows, cols;
   const Acc *row_factor, *col_factor;
   Acc *grad_row, *grad_col;
 
   // A row's gradient, still spread over a register's lanes.
   SPARTA_INLINE Vector long_row(int64_t r) const {
-    const T *x_row = x + r * x_stride, *gy_row = gy + r * gy_stride;
+    const T *x_row = x + r * x_stride, *gy_row = gy + r * gy_stride, *gy2_row = two ? gy2 + r * gy2_stride : nullptr;
     T* gx_row = want_input ? gx + r * gx_stride : nullptr;
     const Acc factor = row_factor[r];
     constexpr int line = Lanes::line * Lanes::lanes;
@@ -202,10 +202,13 @@ struct BackwardChunk {
     for (; k + line <= cols; k += line) {
       prefetch_read(x_row + k);
       prefetch_read(gy_row + k);
+      if (two) prefetch_read(gy2_row + k);
       if (want_input && !stream) prefetch_write(gx_row + k);
       Vector gx_line[Lanes::line];
       for (int64_t i = 0, at = k; i < Lanes::line; ++i, at += Lanes::lanes) {
-        const Grads grads(Lanes::load(x_row + at), Lanes::load(gy_row + at), factor, Simd<Acc>::load(col_factor + at));
+        Vector gradient = Lanes::load(gy_row + at);
+        if (two) gradient += Lanes::load(gy2_row + at);
+        const Grads grads(Lanes::load(x_row + at), gradient, factor, Simd<Acc>::load(col_factor + at));
         gx_line[i] = grads.gx;
         if (want_factors) {
           total += grads.row;
@@ -216,7 +219,7 @@ struct BackwardChunk {
     }
     for (; k < cols; k += Lanes::lanes) {
       Vector grad_cols = Simd<Acc>::load(grad_col + k);
-      total += short_row(x_row + k, gy_row + k, gx_row + k, min(Lanes::lanes, cols - k), factor,
+      total += short_row(x_row + k, gy_row + k, gy2_row + (two ? k : 0), gx_row + k, min(Lanes::lanes, cols - k), factor,
                          Simd<Acc>::load(col_factor + k), grad_cols);
       if (want_factors) Simd<Acc>::store(grad_col + k, grad_cols);
     }
@@ -224,9 +227,11 @@ struct BackwardChunk {
   }
 
   // The same for at most a register's columns, whose factor and gradient the caller keeps in registers.
-  SPARTA_INLINE Vector short_row(const T* x_row, const T* gy_row, T* gx_row, int64_t count, Acc factor, Vector columns,
-                                 Vector& grad_cols) const {
-    Grads grads(load_partial(x_row, count), load_partial(gy_row, count), factor, columns);
+  SPARTA_INLINE Vector short_row(const T* x_row, const T* gy_row, const T* gy2_row, T* gx_row, int64_t count, Acc factor,
+                                 Vector columns, Vector& grad_cols) const {
+    Vector gradient = load_partial(gy_row, count);
+    if (two) gradient += load_partial(gy2_row, count);
+    Grads grads(load_partial(x_row, count), gradient, factor, columns);
     if (want_input) store_partial(gx_row, grads.gx, count);
     if (want_factors) {
       grads.keep(count);
@@ -256,9 +261,11 @@ struct BackwardChunk {
     const auto row = [&](int64_t r, int64_t count) {
       prefetch_read(x + r * x_stride);
       prefetch_read(gy + r * gy_stride);
+      const T* gy2_row = two ? gy2 + r * gy2_stride : nullptr;
+      if (two) prefetch_read(gy2_row);
       T* gx_row = want_input ? gx + r * gx_stride : nullptr;
       if (want_input) prefetch_write(gx_row);
-      return short_row(x + r * x_stride, gy + r * gy_stride, gx_row, count, row_factor[r], columns, grad_cols);
+      return short_row(x + r * x_stride, gy + r * gy_stride, gy2_row, gx_row, count, row_factor[r], columns, grad_cols);
     };
     if (cols == Lanes::lanes)  // so that the compiler sees whole registers
       for_rows([&](int64_t r) { return row(r, Lanes::lanes); });
@@ -297,7 +304,7 @@ void finish_sample(const GateBackward& args, int64_t sample, const Acc* grad_cha
   if (args.grad_kernel.data != nullptr) write(args.grad_kernel, sample, 1, &grad_kernel);
 }
 
-template <class T, bool want_input, bool want_factors, bool stream>
+template <class T, bool want_input, bool want_factors, bool stream, bool two = false>
 void backward(const GateBackward& args) {
   using Acc = typename Accumulator<T>::type;
   const GateShape& s = args.shape;
@@ -322,12 +329,13 @@ void backward(const GateBackward& args) {
       factors.load(args, part);
       const T* x = part.start<const T>(args.x, planar);
       const T* gy = part.start<const T>(args.gy, planar);
+      const T* gy2 = two ? part.start<const T>(args.gy2, planar) : nullptr;
       T* gx = want_input ? part.start<T>(args.gx, planar) : nullptr;
       if (want_factors)
         for (int64_t k = 0; k < part.cols; ++k) grad_col[k] = 0;
-      BackwardChunk<T, want_input, want_factors, stream>{
-          x,         gy,        gx,         args.x.row_stride, args.gy.row_stride, args.gx.row_stride,
-          part.rows, part.cols, row_factor, col_factor,        grad_row,           grad_col}
+      BackwardChunk<T, want_input, want_factors, stream, two>{
+          x,          gy,         gy2,      gx,      args.x.row_stride, args.gy.row_stride, args.gy2.row_stride,
+          args.gx.row_stride, part.rows, part.cols, row_factor, col_factor, grad_row, grad_col}
           .run();
       if (want_factors) {
         const Acc grad_kernel = finish_pixels(args, part, factors);
@@ -378,6 +386,8 @@ void gate_backward(const GateBackward& args) {
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
     const bool stream = want_input && streams<T>(args.shape, args.gx);
+    if (args.gy2.data != nullptr)
+      return stream ? backward<T, true, true, true, true>(args) : backward<T, true, true, false, true>(args);
     if (want_input && want_factors) return stream ? backward<T, true, true, true>(args) : backward<T, true, true, false>(args);
     if (want_input) return stream ? backward<T, true, false, true>(args) : backward<T, true, false, false>(args);
     if (want_factors) return backward<T, false, true, false>(args);

@@ -108,6 +108,7 @@ class _Rewriter:
         self._keep_the_rest()
         self._fuse_relus()
         self._fuse_sums_before_activations()
+        self._fork_activations()
         drop_unused(self.graph, self.named)
         self.graph.lint()
         used = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
@@ -308,6 +309,18 @@ class _Rewriter:
                 node.args = (a, b)
                 self.graph.erase_node(read)  # type: ignore[arg-type]
                 self.sums += 1
+
+    def _fork_activations(self) -> None:
+        """Activations that several read: see `_share_out`."""
+        for node in list(self.graph.nodes):
+            built = self.built.get(str(node.target)) if node.op == "call_module" else None
+            if not getattr(built, "forks", False) or len(node.users) < 2:
+                continue
+            if any(writes_input(user, self.named) for user in node.users):
+                continue
+            with self.graph.inserting_before(node):
+                pair = self.graph.call_module(str(node.target), node.args, {**node.kwargs, "twice": True})
+            self._share_out(node, pair)
 
     def _own(self, node: Any) -> bool:
         """Whether one node alone reads the output, and it is no view of anything, so that a write into it is unseen."""

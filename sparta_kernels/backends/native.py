@@ -22,7 +22,7 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from sparta_kernels.ops.attention import AttentionWeights
+    from sparta_kernels.ops.attention_kernels import AttentionWeights
 
 DEVICES = ("cpu", "cuda") if _native.cuda_info()["built"] else ("cpu",)
 
@@ -75,9 +75,12 @@ def gate_backward(
     kernel: Tensor | None,
     share: int,
     wanted: list[bool],
+    gy2: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """With `gy2`, which is for the CPU and for all gradients, those for gy + gy2."""
     planar = is_planar(x.shape, x.stride())
     read, gy_read = as_rows(x, planar), as_rows(gy, planar)
+    gy2_read = None if gy2 is None else as_rows(gy2, planar)
     spatial, channel = spatial.contiguous(), channel.contiguous()
     kernel = None if kernel is None else kernel.contiguous()
     gx = Output(x, planar) if wanted[0] else None
@@ -95,6 +98,7 @@ def gate_backward(
         _matrices(read),
         _matrices(gy_read),
         (0, 0, 0) if gx is None else _matrices(gx.rows),
+        (0, 0, 0) if gy2_read is None else _matrices(gy2_read),
         _small(spatial),
         _small(channel),
         _small(kernel),
@@ -342,8 +346,9 @@ def attention_forward(
         _place(x),
     )
     if padded != hidden:
-        mean1, mean6 = (None if mean is None else mean[:, :hidden].contiguous() for mean in (mean1, mean6))
-    return a, channel, kernel, mean1, mean6, bits  # type: ignore[return-value]
+        mean1 = mean1[:, :hidden].contiguous()
+        mean6 = None if mean6 is None else mean6[:, :hidden].contiguous()
+    return a, channel, kernel, mean1, mean6, bits
 
 
 def attention_backward_(

@@ -1,14 +1,15 @@
 """The matrix products that the CPU kernels call: oneDNN's brgemm and BLAS's dgemm, as torch brings them.
 
-torch compiles code of its own against these functions of its libtorch_cpu (``at::native::cpublas``), but promises them to
-nobody. So they are looked up by name, arguments included, and tried out before they are used; where one is missing, or
-computes something else, the kernels that want it are not used.
+torch compiles code of its own against these functions of its libtorch_cpu (``at::native::cpublas``), but promises them
+to nobody. So they are looked up by name, arguments included, and tried out before they are used; where one is missing,
+or computes something else, the kernels that want it are not used.
 """
 
 from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ def available() -> frozenset[torch.dtype]:
         library = ctypes.CDLL("libtorch_cpu.so")  # the one that is loaded
     except OSError:
         return frozenset()
-    addresses = [ctypes.cast(getattr(library, name, None), ctypes.c_void_p).value or 0 for name in _NAMES]
+    found: list[Any] = [getattr(library, name, None) for name in _NAMES]
+    addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found]
     if addresses[2] == 0:
         addresses[0] = addresses[1] = 0
     _native.set_products(addresses)
@@ -39,7 +41,7 @@ def available() -> frozenset[torch.dtype]:
 
 
 def in_pairs(matrix: torch.Tensor) -> torch.Tensor:
-    """A bfloat16 matrix as the right operand of a product: its rows interleaved in pairs, a row of 0 behind an odd last."""
+    """A bfloat16 matrix as the right operand of a product: rows interleaved in pairs, a row of 0 behind an odd last."""
     if matrix.shape[0] % 2:
         matrix = torch.nn.functional.pad(matrix, (0, 0, 0, 1))
     return matrix.unflatten(0, (-1, 2)).transpose(1, 2).contiguous()

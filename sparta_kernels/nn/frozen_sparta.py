@@ -42,6 +42,7 @@ class FrozenSparta(nn.Module):
     """
 
     takes_skip = True
+    forks = True
 
     def __init__(self, sparta: Sparta, form: Form) -> None:
         super().__init__()
@@ -74,7 +75,8 @@ class FrozenSparta(nn.Module):
 
     @torch.no_grad()
     def _folded(self) -> AttentionWeights:
-        return AttentionWeights(*(None if weight is None else weight.detach() for weight in folded(self._source[0])))
+        weights: Any = (None if weight is None else weight.detach() for weight in folded(self._source[0]))
+        return AttentionWeights(*weights)
 
     def _one_operation(self, x: Tensor) -> tuple[AttentionWeights, Packed] | None:
         """The weights of the whole activation in one operation, where there are kernels for x."""
@@ -89,16 +91,21 @@ class FrozenSparta(nn.Module):
             self._packed[backend] = pack(self._whole, x.dtype, backend)
         return self._whole, self._packed[backend]
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None, *, twice: bool = False) -> Any:
+        """With `twice` y for two consumers, in the same memory: write into neither."""
         x = x.to(self.conv1.weight.dtype)  # type: ignore[arg-type]
         whole = self._one_operation(x)
         if skip is not None:
             alike = isinstance(skip, Tensor) and skip.dtype == x.dtype and skip.shape == x.shape
             if whole is not None and alike and skip.stride() == x.stride() and is_gapless(x):
-                return activate(x, *whole, self.share, skip=skip)
+                return activate(x, *whole, self.share, skip=skip, twice=twice)
             x = x.add_(skip) if alike else x + skip
         if whole is not None:
-            return activate(x, *whole, self.share)
+            return activate(x, *whole, self.share, twice=twice)
+        y = self._layer_by_layer(x)
+        return (y, y) if twice else y
+
+    def _layer_by_layer(self, x: Tensor) -> Tensor:
         h1 = add_relu(self.conv1(x), inplace=True)
         if self.kernel_size == 1:
             channel = self.conv2(_PixelMean.apply(h1)).flatten(1)

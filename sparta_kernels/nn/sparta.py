@@ -11,8 +11,8 @@ from .checks import check_count, check_feature_map
 from .frozen import Form
 from .frozen_sparta import FrozenSparta
 from .gating import conv5_and_gate
-from .whole import folded, is_one_operation
 from .recomputed import attention_in_training
+from .whole import folded, is_one_operation
 
 
 class Sparta(nn.Module):

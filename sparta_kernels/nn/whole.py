@@ -44,11 +44,19 @@ def folded(sparta: Sparta) -> AttentionWeights:
     w1, b1 = _fold(sparta.conv1, sparta.bn1)
     w3, b3 = _fold(sparta.conv3, sparta.bn3)
     conv2, conv4 = sparta.conv2, sparta.conv4
-    common = (torch.cat((w1, w3)), torch.cat((b1, b3)), conv4.weight.flatten(), conv4.bias, conv2.weight.flatten(1), conv2.bias)
-    if not sparta.dynamic:
-        return AttentionWeights(*common, sparta.conv5.flatten())
-    w6, b6 = _fold(sparta.conv6, sparta.bn6)
-    return AttentionWeights(*common, sparta.predict.bias, w6, b6, sparta.predict.weight.flatten())
+    w6, b6 = _fold(sparta.conv6, sparta.bn6) if sparta.dynamic else (None, None)
+    return AttentionWeights(
+        w13=torch.cat((w1, w3)),
+        b13=torch.cat((b1, b3)),
+        w4=conv4.weight.flatten(),
+        b4=conv4.bias,  # type: ignore[arg-type]
+        w2=conv2.weight.flatten(1),
+        b2=conv2.bias,  # type: ignore[arg-type]
+        b7=sparta.predict.bias if sparta.dynamic else sparta.conv5.flatten(),
+        w6=w6,
+        b6=b6,
+        w7=sparta.predict.weight.flatten() if sparta.dynamic else None,
+    )
 
 
 def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

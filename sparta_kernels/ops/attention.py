@@ -12,165 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import increment_version
 
 from sparta_kernels import backends, reference
-from sparta_kernels.ops.attention_weights import weight_gradients
+from sparta_kernels.ops.attention_gradients import weight_gradients
+from sparta_kernels.ops.attention_kernels import (
+    AttentionWeights,
+    Packed,
+    fused_backend,
+    pack,
+    raw_backward_,
+    raw_forward,
+    raw_forward_,
+)
 from sparta_kernels.ops.checks import check_images, check_integer, check_shape, check_tensor
-from sparta_kernels.ops.gate import raw_gate_backward, raw_gate_forward
-from sparta_kernels.ops.library import fill, register
-
-
-class AttentionWeights(NamedTuple):
-    """DSCANet's weights (Fig. 2) at K = 1, BatchNorm folded in. C channels, Co hidden; any floating dtypes.
-
-    Attributes:
-        w13, b13: ``(2 * Co, C)``, ``(2 * Co,)``: conv1, and below it conv3.
-        w4, b4: ``(Co,)``, ``(1,)``: conv4.
-        w2, b2: ``(C, Co)``, ``(C,)``: conv2.
-        b7: ``(1,)``: predict's bias; for SPARTA-w/o-DPNet, which has none of the three below, the learned kernel.
-        w6, b6: ``(Co, Co)``, ``(Co,)``: conv6; or None.
-        w7: ``(Co,)``: predict; or None.
-    """
-
-    w13: Tensor
-    b13: Tensor
-    w4: Tensor
-    b4: Tensor
-    w2: Tensor
-    b2: Tensor
-    b7: Tensor
-    w6: Tensor | None = None
-    b6: Tensor | None = None
-    w7: Tensor | None = None
-
-    @property
-    def hidden(self) -> int:
-        return self.w4.shape[0]
-
-
-class Packed(NamedTuple):
-    """Weights as a backend's kernels read them: copies."""
-
-    backend: str
-    tensors: list[Tensor]
-    hidden: int
-    dynamic: bool
-
-
-def pack(weights: AttentionWeights, dtype: torch.dtype, backend: str) -> Packed:
-    """The weights for images of `dtype`."""
-    with torch.no_grad():
-        tensors = backends.module(backend).pack_attention(weights, dtype)
-    return Packed(backend, tensors, weights.hidden, weights.w7 is not None)
-
-
-def fused_backend(x: Tensor, hidden: int, backend: str | None = None, argument: str = "backend") -> tuple[str, str]:
-    """The backend whose kernels compute the attention network of x, and "", or "" and why there is none.
-
-    Raises:
-        TypeError, ValueError: those of `sparta_kernels.backends.choose`.
-    """
-    chosen = backends.choose(x.device, backend, argument).backend
-    if chosen == "reference":
-        return "", "the reference was chosen"
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return "", "torch.compile and torch.func see plain PyTorch"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "", "forward-mode AD sees plain PyTorch"
-    if x.numel() == 0:
-        return "", "x is empty"
-    reasons = []
-    for name in backends.DEVICES if chosen == "auto" else (chosen,):
-        reason = backends.module(name).attention_unfit(x, hidden)
-        if reason is None:
-            return name, ""
-        reasons.append(f"{name}: {reason}")
-    return "", "; ".join(reasons)
-
-
-# ---- the raw operations ------------------------------------------------------------------------------------
-
-
-_Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _forward(x: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str) -> _Found:
-    found = backends.module(backend).attention_forward(x, list(packed), hidden, keep)
-    return *found[:4], fill(found[4], found[0]), fill(found[5], x)
-
-
-def _forward_(
-    x: Tensor, skip: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str
-) -> _Found:
-    if not x.is_inference():
-        increment_version(x)  # so that autograd notices a write into what it saved
-    found = backends.module(backend).attention_forward(x, list(packed), hidden, keep, skip)
-    return *found[:4], fill(found[4], found[0]), fill(found[5], x)
-
-
-def _forward_fake(x: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str) -> _Found:
-    samples, channels, height, width = x.shape
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sizes = [(samples, 1, height, width), (samples, channels), (samples,), (samples, hidden)]
-    made = [x.new_empty(size, dtype=work) for size in (*sizes, (samples, hidden) if dynamic else (0,))]
-    masks = x.new_empty((samples, height * width, 3 if dynamic else 2, -(-hidden // 16) * 2), dtype=torch.uint8)
-    return *made, masks if keep else x.new_empty(0)  # type: ignore[return-value]
-
-
-def _forward_in_place_fake(
-    x: Tensor, skip: Tensor, packed: Sequence[Tensor], hidden: int, dynamic: bool, keep: bool, backend: str
-) -> _Found:
-    return _forward_fake(x, packed, hidden, dynamic, keep, backend)
-
-
-def _backward_(
-    gx: Tensor,
-    ga: Tensor,
-    gchannel: Tensor,
-    gkernel: Tensor,
-    bits: Tensor,
-    packed: Sequence[Tensor],
-    hidden: int,
-    backend: str,
-) -> None:
-    backends.module(backend).attention_backward_(gx, ga, gchannel, gkernel, bits, list(packed), hidden)
-
-
-def _backward_fake(
-    gx: Tensor,
-    ga: Tensor,
-    gchannel: Tensor,
-    gkernel: Tensor,
-    bits: Tensor,
-    packed: Sequence[Tensor],
-    hidden: int,
-    backend: str,
-) -> None:
-    return None
-
-
-# a (N, 1, H, W), channel (N, C), kernel (N,); then what backward takes: the means of h1 and h6 over pixels (N, Co), the latter
-# empty where static, and the bits of h1, h3 and h6, uint8 (N, H * W, 3, 2 * ceil(Co / 16)), empty unless `keep`: bit i % 8
-# of byte i // 8 is that of channel i.
-_OPTIONS = "Tensor[] packed, int hidden, bool dynamic, bool keep, str backend"
-_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-register(f"_attention_forward(Tensor x, {_OPTIONS}) -> {_RESULTS}", _forward, _forward_fake)
-# The same of x + skip, which is written over x.
-register(
-    f"_attention_forward_(Tensor(a!) x, Tensor skip, {_OPTIONS}) -> {_RESULTS}", _forward_, _forward_in_place_fake
-)
-# Adds to gx.
-register(
-    "_attention_backward_(Tensor(a!) gx, Tensor ga, Tensor gchannel, Tensor gkernel, Tensor bits, Tensor[] packed, "
-    "int hidden, str backend) -> ()",
-    _backward_,
-    _backward_fake,
-)
-_raw_forward = torch.ops.sparta_kernels._attention_forward.default
-_raw_forward_ = torch.ops.sparta_kernels._attention_forward_.default
-_raw_backward_ = torch.ops.sparta_kernels._attention_backward_.default
-
+from sparta_kernels.ops.gate import raw_gate_backward, raw_gate_backward_of_sum, raw_gate_forward
 
 # ---- both halves, for the two functions below --------------------------------------------------------------
 
@@ -187,7 +42,7 @@ class _Attended(NamedTuple):
 def _attend(x: Tensor, packed: Packed, keep: bool, skip: Tensor | None = None) -> _Attended:
     """Of x; with `skip` of x + skip, which is written over x."""
     options = packed.tensors, packed.hidden, packed.dynamic, keep, packed.backend
-    return _Attended(*(_raw_forward(x, *options) if skip is None else _raw_forward_(x, skip, *options)))
+    return _Attended(*(raw_forward(x, *options) if skip is None else raw_forward_(x, skip, *options)))
 
 
 class _Fused(Function):
@@ -216,9 +71,9 @@ class _Fused(Function):
         grads: tuple[Tensor, Tensor, Tensor],
         gx: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        """Of gx, to which x's is added if it is not None, and of the weights; `grads` are those of a, channel and kernel."""
+        """x's, added to gx if that is not None, and the weights'; `grads` are those of a, channel and kernel."""
         if gx is not None:
-            _raw_backward_(gx, *grads, bits, ctx.packed.tensors, ctx.packed.hidden, ctx.packed.backend)
+            raw_backward_(gx, *grads, bits, ctx.packed.tensors, ctx.packed.hidden, ctx.packed.backend)
         wanted = _asked(ctx, weights)
         found: Sequence[Tensor | None] = (None,) * len(weights)
         if any(wanted):
@@ -232,8 +87,8 @@ class _Fused(Function):
 def _asked(ctx: Any, weights: AttentionWeights) -> list[bool]:
     """Which weights have gradients that somebody asks for in this backward pass.
 
-    ``needs_input_grad`` tells whose gradient exists. An attack on a network whose weights are trainable asks for that of
-    the images alone.
+    ``needs_input_grad`` tells whose gradient exists. An attack on a network whose weights are trainable asks for that
+    of the images alone.
     """
     needed = ctx.needs_input_grad[1 : 1 + len(weights)]
     nodes = iter(ctx.next_functions[1:])  # x's comes first; what is not a tensor has none
@@ -243,7 +98,7 @@ def _asked(ctx: Any, weights: AttentionWeights) -> list[bool]:
 
 def _will_run(node: Any) -> bool:
     try:
-        return torch._C._will_engine_execute_node(node)  # type: ignore[attr-defined]
+        return torch._C._will_engine_execute_node(node)
     except (AttributeError, RuntimeError):  # not in this torch; or a leaf that torch.autograd.grad was given
         return True
 
@@ -279,32 +134,45 @@ class SpartaActivation(Function):
     """x and the weights to y: the gate's own part of x's gradient is written first, and added to in place.
 
     With `skip` it is the function of x + skip, which is written over x: so x's own value must be of no use to anybody.
+    With `twice` it is y for two consumers, whose gradients arrive one by one and are added where they are read.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        *weights, skip, packed, share, gate = rest
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Any:
+        *weights, skip, packed, share, gate, twice = rest
         found = _attend(x, packed, True, skip)
         spatial = _shared(found.a, share)
         _Fused.keep(ctx, x, found, packed, AttentionWeights(*weights), spatial, found.channel, found.kernel)
         ctx.share, ctx.gate, ctx.has_skip = share, gate, skip is not None
-        return raw_gate_forward(x, spatial, found.channel, found.kernel, share, gate)
+        ctx.set_materialize_grads(False)
+        y = raw_gate_forward(x, spatial, found.channel, found.kernel, share, gate)
+        return (y, y[...]) if twice else y
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gy: Tensor | None, gy2: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        if gy is None:
+            gy, gy2 = gy2, None
+        if gy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, bits, (spatial, channel, kernel, *means), weights = _Fused.saved(ctx)
+        others: Any = (None,) * 4
         if torch.is_grad_enabled():
             if ctx.has_skip:
                 raise RuntimeError("the activation of x + skip, written over x, can be differentiated once only")
-            return *_again(ctx, x, weights, (gy,), ctx.share), None, None, None, None
-        needs_skip = ctx.needs_input_grad[-4]
-        wanted = [ctx.needs_input_grad[0] or needs_skip, True, True, True]
-        gx, gspatial, gchannel, gkernel = raw_gate_backward(
-            gy, x, spatial, channel, kernel, ctx.share, wanted, ctx.gate
+            return *_again(ctx, x, weights, (gy if gy2 is None else gy + gy2,), ctx.share), None, *others
+        needs_x, needs_skip = ctx.needs_input_grad[0], ctx.needs_input_grad[-5]
+        wanted = [needs_x or needs_skip, True, True, True]
+        if gy2 is not None and not wanted[0]:
+            gy, gy2 = gy + gy2, None
+        inputs = x, spatial, channel, kernel, ctx.share
+        gx, gspatial, gchannel, gkernel = (
+            raw_gate_backward(gy, *inputs, wanted, ctx.gate)
+            if gy2 is None
+            else raw_gate_backward_of_sum(gy, gy2, *inputs, ctx.gate)
         )
         found = _unshared(gspatial, ctx.share, x), gchannel, gkernel
-        gx, *others = _Fused.gradients(ctx, x, bits, means, weights, found, gx if wanted[0] else None)
-        return gx if ctx.needs_input_grad[0] else None, *others, gx if needs_skip else None, None, None, None
+        gx, *grads = _Fused.gradients(ctx, x, bits, means, weights, found, gx if wanted[0] else None)
+        return gx if needs_x else None, *grads, gx if needs_skip else None, *others
 
 
 def _shared(a: Tensor, share: int) -> Tensor:
@@ -316,9 +184,7 @@ def _unshared(gspatial: Tensor, share: int, x: Tensor) -> Tensor:
     if share == 1:
         return gspatial
     a = gspatial.new_empty(x.shape[0], 1, *x.shape[2:])
-    return torch.ops.aten.avg_pool2d_backward(
-        gspatial, a, [share, share], [share, share], [0, 0], True, True, None
-    )
+    return torch.ops.aten.avg_pool2d_backward(gspatial, a, [share, share], [share, share], [0, 0], True, True, None)
 
 
 def _again(
@@ -328,15 +194,15 @@ def _again(
     with torch.enable_grad():
         found: Any = reference.folded_attention(x, *weights)
         if share is not None:
-            found = (reference.gate(x, _shared(found[0], share), *found[1:], share),)
+            a, channel, kernel = found
+            found = (reference.gate(x, _shared(a, share), channel, kernel, share),)
         inputs = [x, *weights]
         asked = [i for i, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
         pairs = [(out, grad) for out, grad in zip(found, grads, strict=True) if grad is not None and out.requires_grad]
         outputs, incoming = zip(*((out, grad.to(out.dtype)) for out, grad in pairs), strict=True)
-        grads = torch.autograd.grad(
-            outputs, [inputs[i] for i in asked], incoming, create_graph=True, allow_unused=True  # type: ignore[misc]
-        )
-    by_input = dict(zip(asked, grads, strict=True))
+        leaves: Any = [inputs[i] for i in asked]
+        again = torch.autograd.grad(outputs, leaves, incoming, create_graph=True, allow_unused=True)
+    by_input = dict(zip(asked, again, strict=True))
     return [by_input.get(i) for i in range(len(inputs))]
 
 
@@ -392,9 +258,9 @@ def sparta_attention(
             plain PyTorch.
 
     Returns:
-        ``spatial (N, 1, H, W)``, ``channel (N, C)``, ``kernel (N,)``, in float32 (float64 for float64; plain PyTorch: in
-        x's dtype). Differentiable in x and in the weights, any number of times in eager mode. What is kept for that is x
-        and three bits for a hidden channel and pixel. Gradients of weights that nobody asks for are not computed.
+        ``spatial (N, 1, H, W)``, ``channel (N, C)``, ``kernel (N,)``, in float32 (float64 for float64; plain PyTorch:
+        in x's dtype). Differentiable in x and in the weights, any number of times in eager mode. What is kept for that
+        is x and three bits for a hidden channel and pixel. Gradients of weights that nobody asks for are not computed.
 
     Raises:
         TypeError: an argument is not what it should be, or has an unsupported dtype.
@@ -411,16 +277,14 @@ def sparta_attention(
     return found.a, found.channel, found.kernel
 
 
-def sparta_activation(
-    x: Tensor, weights: AttentionWeights, *, share: int = 1, backend: str | None = None
-) -> Tensor:
+def sparta_activation(x: Tensor, weights: AttentionWeights, *, share: int = 1, backend: str | None = None) -> Tensor:
     """The whole activation at K = 1 with BatchNorm folded: `sparta_attention` and the gate (Eq. 3, 5, 6, 8).
 
         y = relu(x) * sigmoid(kernel * spatial (x) channel)
 
     Args:
-        share: blocks of share x share pixels have the mean of their spatial values (Eq. 6). The others and errors: those of
-            `sparta_attention`.
+        share: blocks of share x share pixels have the mean of their spatial values (Eq. 6). The other arguments, and
+            the errors, are those of `sparta_attention`.
 
     Returns:
         y with the shape, dtype and memory format of x. Differentiable as `sparta_attention` is.
@@ -440,17 +304,22 @@ def activate(
     packed: Packed,
     share: int,
     backend: str | None = None,
+    *,
     skip: Tensor | None = None,
-) -> Tensor:
+    twice: bool = False,
+) -> Any:
     """`sparta_activation` of checked arguments and weights that are packed already.
 
-    With `skip`, like x in shape, dtype, device and strides, it is that of x + skip, which is written over x.
+    Args:
+        skip: like x in shape, dtype, device and strides: y is that of x + skip, which is written over x.
+        twice: return y twice, for two consumers, in the same memory: their gradients are added in the gate's pass.
     """
     gate = backends.choose(x.device, backend).backend  # of the gate's kernels `auto` may prefer others
     if torch.is_grad_enabled() and (_differentiable(x, weights) or (skip is not None and skip.requires_grad)):
-        return SpartaActivation.apply(x, *weights, skip, packed, share, gate)
+        return SpartaActivation.apply(x, *weights, skip, packed, share, gate, twice)
     found = _attend(x, packed, False, skip)
-    return raw_gate_forward(x, _shared(found.a, share), found.channel, found.kernel, share, gate)
+    y = raw_gate_forward(x, _shared(found.a, share), found.channel, found.kernel, share, gate)
+    return (y, y[...]) if twice else y
 
 
 def _choose(operation: str, x: Tensor, weights: AttentionWeights, backend: str | None) -> str:

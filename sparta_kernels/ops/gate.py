@@ -56,6 +56,36 @@ def _backward_fake(
     return empty(x, wanted[0], False), *small
 
 
+def _backward_of_sum(
+    gy: Tensor,
+    gy2: Tensor,
+    x: Tensor,
+    spatial: Tensor,
+    channel: Tensor,
+    kernel: Tensor,
+    share: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    module = backends.module_for(backend, "gate_backward", x)
+    inputs = x, spatial, channel, kernel, share, [True] * 4
+    if x.device.type == "cpu" and module is backends.module("native"):
+        return module.gate_backward(gy, *inputs, gy2)
+    return module.gate_backward(gy + gy2, *inputs)
+
+
+def _backward_of_sum_fake(
+    gy: Tensor,
+    gy2: Tensor,
+    x: Tensor,
+    spatial: Tensor,
+    channel: Tensor,
+    kernel: Tensor,
+    share: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    return _backward_fake(gy, x, spatial, channel, kernel, share, [True] * 4, backend)
+
+
 register(
     "_gate_forward(Tensor x, Tensor spatial, Tensor channel, Tensor? kernel, int share, str backend) -> Tensor",
     _forward,
@@ -67,10 +97,18 @@ register(
     _backward,
     _backward_fake,
 )
+# All gradients for gy + gy2: of a y that two read.
+register(
+    "_gate_backward_of_sum(Tensor gy, Tensor gy2, Tensor x, Tensor spatial, Tensor channel, Tensor kernel, int share, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_of_sum,
+    _backward_of_sum_fake,
+)
 
 
 raw_gate_forward = torch.ops.sparta_kernels._gate_forward.default
 raw_gate_backward = torch.ops.sparta_kernels._gate_backward.default
+raw_gate_backward_of_sum = torch.ops.sparta_kernels._gate_backward_of_sum.default
 _gate = differentiable("SpartaGate", raw_gate_forward, raw_gate_backward, reference.gate, count=4)
 
 

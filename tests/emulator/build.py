@@ -69,7 +69,7 @@ def emulated_module() -> Path:
             for path in sorted((sources / "cuda").glob("*.cu"))
         ),
         Unit(sources / "bindings.cpp", ("-O1", *definitions, *includes, *python)),
-        *(Unit(sources / "cpu" / name, ("-O1", *includes)) for name in ("dispatch.cpp", "memory.cpp")),
+        *(Unit(sources / "cpu" / name, ("-O1", *includes)) for name in ("dispatch.cpp", "memory.cpp", "products.cpp")),
         Unit(HERE / "no_cpu.cpp", ("-O1", *includes)),
         *_emulator(),
     ]

@@ -17,6 +17,8 @@ EMULATOR_NO_KERNEL(pgd_step, PgdStep)
 EMULATOR_NO_KERNEL(pgd_start, PgdStart)
 EMULATOR_NO_KERNEL(relu_forward, ReluForward)
 EMULATOR_NO_KERNEL(relu_backward, ReluBackward)
+EMULATOR_NO_KERNEL(attention_forward, AttentionForward)
+EMULATOR_NO_KERNEL(attention_backward, AttentionBackward)
 
 }  // namespace baseline
 }  // namespace sparta

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sparta_kernels.ops.attention import AttentionWeights
+    from sparta_kernels.ops.attention_kernels import AttentionWeights
 
 _ELEMENTS = 1 << 22  # of each hidden tensor that is there at a time
 
@@ -34,8 +34,8 @@ def weight_gradients(
     """
     mean1, mean6 = means
     work, hidden, pixels = mean1.dtype, weights.hidden, x.shape[2] * x.shape[3]
-    w13, b13, w4, _, w2, _, _, w6, _, w7 = (None if weight is None else weight.detach().to(work) for weight in weights)
-    assert w13 is not None and b13 is not None and w4 is not None and w2 is not None
+    w13, b13, w4, w2 = (weight.detach().to(work) for weight in (weights.w13, weights.b13, weights.w4, weights.w2))
+    w6, w7 = (None if weight is None else weight.detach().to(work) for weight in (weights.w6, weights.w7))
     w3, b3 = w13[hidden:], b13[hidden:]
     ga, gchannel, gkernel = ga.to(work), gchannel.to(work), gkernel.to(work)
     v1 = gchannel @ w2 / pixels
