@@ -8,31 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from cases import here, lay, random
 from torch import Tensor
 
+from sparta_kernels import AttentionWeights
+
 # What rounding an operand of a product costs at most, relative to it.
 _OPERAND = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 _TF32 = 2.0**-10  # cut off, not rounded
 _SUM = 2.0**-19  # of float32 sums of up to a few thousand terms
-
-
-class Weights(NamedTuple):
-    """As in `sparta_kernels.ops.attention`."""
-
-    w13: Tensor
-    b13: Tensor
-    w4: Tensor
-    b4: Tensor
-    w2: Tensor
-    b2: Tensor
-    b7: Tensor
-    w6: Tensor | None
-    b6: Tensor | None
-    w7: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +35,7 @@ class AttentionCase:
     scale: float = 1.0  # of the gradients
     seed: int = 0
 
-    def inputs(self) -> tuple[Tensor, Weights]:
+    def inputs(self) -> tuple[Tensor, AttentionWeights]:
         """x, and weights whose matrices are what `dtype` can hold."""
         samples, channels, height, width = self.shape
         hidden, generator = self.hidden, torch.Generator().manual_seed(self.seed)
@@ -60,7 +47,7 @@ class AttentionCase:
         w7, b7 = random(generator, hidden) / hidden**0.5, random(generator, 1)
         b13[::5] = 0.0
         matrices = [w.to(self.dtype).float() for w in (w13, w6)]
-        return x, Weights(
+        return x, AttentionWeights(
             matrices[0],
             b13.float(),
             w4.float(),

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_case import AttentionCase, Weights, check_backward, check_forward, pixels_first, unpacked
+from attention_case import AttentionCase, check_backward, check_forward, pixels_first, unpacked
 from cases import assert_same_bits, lay
 from conftest import GuardedTorch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparta_kernels import backends
+from sparta_kernels import AttentionWeights, backends
 
 pytest.importorskip("triton")
 
@@ -364,7 +364,7 @@ def test_what_is_unfit_on_a_gpu(monkeypatch):
 
 def test_weights_are_packed_with_zeros_around():
     shapes = ((48, 70), (48,), (24,), (1,), (70, 24), (70,), (1,), (24, 24), (24,), (24,))
-    weights = Weights(*(torch.ones(shape) for shape in shapes))
+    weights = AttentionWeights(*(torch.ones(shape) for shape in shapes))
     w13, b13, w4, b4, w13t, w2, b2, b7, w6, b6, w6t, w7 = triton.pack_attention(weights, torch.bfloat16)
     assert w13.shape == (64, 128)
     assert w13.sum() == 48 * 70
@@ -408,7 +408,7 @@ def test_steps_divide_what_is_padded(total, channels, hidden, dtype, planar, arc
 
 def test_nothing_is_left_to_finish_where_tiles_have_whole_samples():
     shapes = ((48, 64), (48,), (24,), (1,), (64, 24), (64,), (1,), (24, 24), (24,), (24,))
-    weights = Weights(*(empty(*shape) for shape in shapes))
+    weights = AttentionWeights(*(empty(*shape) for shape in shapes))
     packed = triton.pack_attention(weights, torch.bfloat16)
     for side, launches in ((1, 1), (4, 1), (7, 2), (8, 1), (16, 2), (32, 2)):
         x = empty(512, 64, side, side, dtype=torch.bfloat16)
