@@ -116,10 +116,10 @@ def forward(case: ActivationCase, x: Tensor, weights: AttentionWeights, keep: bo
     )
 
 
-def unpacked(bits: Tensor, hidden: int, padded: bool = True) -> Tensor:
-    """(N, P, masks, bytes) as (masks, N, P, hidden) booleans; `padded`: channels that do not exist must have none."""
+def unpacked(bits: Tensor, hidden: int) -> Tensor:
+    """(N, P, masks, bytes) as (masks, N, P, hidden) booleans; channels that do not exist have none."""
     passing = ((bits.int()[..., None] >> torch.arange(8)) & 1).flatten(-2).bool()
-    assert not (padded and passing[..., hidden:].any()), "bits of channels that do not exist"
+    assert not passing[..., hidden:].any(), "bits of channels that do not exist"
     return passing[..., :hidden].movedim(2, 0)
 
 

@@ -359,7 +359,6 @@ def test_the_options_are_given_by_name():
         sparta_gate(x, spatial, channel, None, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="a required weight that is None is not looked at")
 @pytest.mark.parametrize("name", ["w13", "b13", "b4", "w2", "b2", "b7"])
 @pytest.mark.parametrize("operation", [sparta_attention, sparta_activation])
 def test_a_weight_that_must_be_there(operation, name, monkeypatch):

@@ -232,16 +232,13 @@ OTHERS: dict[str, Callable[[Sparta], object]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "other", ["norm", *(pytest.param(n, marks=pytest.mark.xfail(strict=True)) for n in list(OTHERS)[1:])]
-)
+@pytest.mark.parametrize("other", OTHERS)
 def test_replaced_layers(other):
     module, x = build().eval(), features(*SHAPE)
     OTHERS[other](module)
     assert_close(value_and_gradient(FrozenSparta(module, Form()), x), plainly(module, x))
 
 
-@pytest.mark.xfail(strict=True, reason="the packed weights stay what they were")
 def test_a_change_of_dtype_reaches_the_packed_weights(monkeypatch):
     frozen, forward = FrozenSparta(build(dtype=torch.float32).eval(), Form()), native.attention_forward
     frozen(features(*SHAPE, dtype=torch.float32))

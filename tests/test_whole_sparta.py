@@ -101,7 +101,8 @@ def test_in_lower_precision(arguments, dtype, calls):
     for got, want, plain in zip(gots, wants, layers, strict=True):
         assert got.dtype == dtype
         error, theirs = (got.double() - want).norm(), (plain.double() - want).norm()
-        assert error <= 2 * theirs + 4 * torch.finfo(dtype).eps * want.norm()
+        # A rounding may switch a ReLU, of which there are not many here.
+        assert error <= 2 * theirs + 16 * torch.finfo(dtype).eps * want.norm()
 
 
 @pytest.mark.parametrize("arguments", CONFIGURATIONS, ids=str)
@@ -220,22 +221,14 @@ UNFIT: dict[str, Callable[[Sparta], object]] = {
     "no bias of conv2": lambda m: bare(m.conv2),
     "no bias of the linear layer": lambda m: bare(m.predict),
     "no running statistics": lambda m: setattr(m, "bn3", nn.BatchNorm2d(6, track_running_stats=False).double().eval()),
-}
-GEOMETRY: dict[str, Callable[[Sparta], object]] = {
     "stride": lambda m: setattr(m, "conv1", nn.Conv2d(6, 6, 1, stride=2).double()),
     "padding": lambda m: setattr(m, "conv1", nn.Conv2d(6, 6, 1, padding=1).double()),
     "kernel size": lambda m: setattr(m, "conv1", nn.Conv2d(6, 6, 3, padding=1).double()),
     "groups": lambda m: setattr(m, "conv6", nn.Conv2d(6, 6, 1, groups=2).double()),
 }
-UNFIT |= GEOMETRY
 
 
-def parameters_of(name: str) -> object:
-    """Replaced convolutions of another geometry are not noticed."""
-    return pytest.param(name, marks=pytest.mark.xfail(strict=True) if name in GEOMETRY else ())
-
-
-@pytest.mark.parametrize("name", [*FIT, *map(parameters_of, UNFIT)])
+@pytest.mark.parametrize("name", [*FIT, *UNFIT])
 def test_it_is_one_operation_exactly_where_it_may(name, calls):
     module, x = build().eval(), features(*SHAPE)
     (FIT | UNFIT)[name](module)
@@ -251,6 +244,17 @@ def test_hooks_are_called():
         module.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
     module(features(*SHAPE))
     assert seen == ["conv1", "bn3", "predict"]
+
+
+def test_hooks_of_all_modules_are_called():
+    module, seen = build().eval(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, *_: seen.append(layer))
+    try:
+        module(features(*SHAPE))
+    finally:
+        handle.remove()
+    assert [*map(id, seen)] == [id(layer) for layer in (*module.children(), module) if layer in seen]
+    assert len(seen) == 10
 
 
 @pytest.mark.parametrize("arguments", [{"kernel_size": 3}, {"kernel_size": 3, "dynamic": False}], ids=str)
@@ -337,7 +341,6 @@ def test_forward_mode_is_refused_not_dropped(calls):
     assert not calls
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch does not know autocast of meta tensors")
 @pytest.mark.parametrize("training", [False, True])
 def test_shapes_alone(training):
     with torch.device("meta"):
