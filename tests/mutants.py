@@ -67,6 +67,10 @@ PREPARE, RESTARTS, ENGINES = "tests/test_prepare.py", "tests/test_restarts.py", 
 KEPT, EVALUATED = "tests/test_outcomes.py", "tests/test_evaluation.py"
 ORDERS, MEMORY = "tests/test_emulated_cuda.py", "tests/test_memory.py"
 CUDA, TRITON = "csrc/cuda", "sparta_kernels/backends/triton"
+ATTENTION, CALLS = "tests/test_attention.py", "tests/test_attention_calls.py"
+WHOLE, FROZEN = "tests/test_whole_sparta.py", "tests/test_frozen_sparta.py"
+FINITE = f"{ATTENTION}::test_what_is_not_finite_stays_in_its_pixel_and_its_image"
+SUMS = f"{CALLS}::test_of_a_sum_written_over_x"
 EMULATED, INTERPRETED = "emulated", "triton"  # `only` the tests on the CUDA kernels, and on Triton's
 
 FAULTS = [
@@ -146,6 +150,43 @@ FAULTS = [
             ("hooks", "if has_hooks(layer) or ", "if "),
             ("kept", "z if keep else None", "z"),
             ("bits", "_relu_backward(grad, None, bits, stride,", "_relu_backward(grad, None, bits | 1, stride,"),
+        )
+    ),
+    *(
+        Fault(f"attention-{name}", f"csrc/cpu/{file}.cpp", old, new, tests)
+        for tests, file, name, old, new in (
+            (ATTENTION, "attention", "row", "row = sample * s.pixels + first_pixel;", "row = sample * s.pixels;"),
+            (ATTENTION, "attention", "gather", "load_partial(x + c * stride + p,", "load_partial(x + p * stride + c,"),
+            (ATTENTION, "attention", "scatter", "load_partial(to, count) + value, count", "value, count"),
+            (ATTENTION, "attention", "bits", "passing(part[i]) << i * Lanes::lanes;", "passing(part[i]) << i;"),
+            (ATTENTION, "attention", "selects", "masked(value, bits >> i * Lanes", "masked(value, bits * Lanes"),
+            (FINITE, "attention", "padding", "if (real != kWhole) h = h.where(real);", ""),
+            (ATTENTION, "attention", "parts", "part < tiles.per_sample; ++part", "part < 1; ++part"),
+            (ATTENTION, "attention", "pixels", "return tiles.per_sample > 1 ? Acc{1} :", "return"),
+            (ATTENTION, "attention", "samples", "args.mean6) + (first + n) * hidden", "args.mean6) + n * hidden"),
+            (ATTENTION, "attention", "conv6", "if (args.shape.dynamic) value = value +", "if (false) value = value +"),
+            (ATTENTION, "attention", "learned", "kernel[n] = w7[hidden];", "kernel[n] = 0;"),
+            (SUMS, "attention", "sum", "load_partial(x + k, count) + load_partial(skip", "load_partial(skip"),
+            (CALLS, "products", "error", "if (error_) std::", "if (0) std::"),
+        )
+    ),
+    *(
+        Fault(f"attention-{name}", f"sparta_kernels/{file}", old, new, tests)
+        for tests, file, name, old, new in (
+            (ATTENTION, "ops/attention_gradients.py", "g6", "g3 += g6 @ w6", "pass"),
+            (ATTENTION, "ops/attention_gradients.py", "w6", '"npi,npj->ij", g6, h3', '"npj,npi->ij", g6, h3'),
+            (CALLS, "ops/attention_gradients.py", "few", "in range(0, samples, step)", "in range(0, step, step)"),
+            (CALLS, "ops/attention.py", "asked", "need and _will_run(node)", "need"),
+            (CALLS, "ops/attention.py", "behind", "ctx.next_functions[1:]", "ctx.next_functions"),
+            (SUMS, "ops/attention.py", "skip", "gx if needs_skip else None", "None"),
+            (CALLS, "ops/attention_kernels.py", "version", "increment_version(x)  # so", "pass  # so"),
+            (CALLS, "ops/attention.py", "twice", "backward_of_sum(gy, gy2,", "backward_of_sum(gy, gy,"),
+            (ATTENTION, "backends/native.py", "padded", "[i * padded : i * padded + part.numel()]", "[: part.numel()]"),
+            (WHOLE, "nn/whole.py", "gamma", "scale = scale * bn.weight", "pass"),
+            (WHOLE, "nn/whole.py", "hooks", " or any(has_hooks(layer) for layer in sparta.children())", ""),
+            (WHOLE, "nn/whole.py", "stride", "conv.stride == (1, 1) and ", ""),
+            (FROZEN, "nn/frozen_sparta.py", "refresh", "mine.copy_(other)", "pass"),
+            (FROZEN, "nn/frozen_sparta.py", "stale", "        self._whole = self._folded()\n", ""),
         )
     ),
     Fault("relu-order", LAYOUT, "if tensor.stride() == stride:", "if tensor.numel() > 0:", RELU),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cases import assert_same_bits, lay
+from cases import assert_same_bits, lay, one_thread
 from test_nn import build, features
 from torch import Tensor, nn
 
@@ -19,6 +19,14 @@ from sparta_kernels.nn.frozen_sparta import FrozenSparta
 
 CONFIGURATIONS = [{}, {"hidden": 19}, {"share": 2}, {"dynamic": False}, {"dynamic": False, "share": 3, "hidden": 1}]
 SHAPE = (3, 6, 5, 7)
+
+
+@pytest.fixture(autouse=True)
+def _as_ever() -> Iterator[None]:
+    """The same weights every time, and one thread."""
+    torch.manual_seed(0)
+    with one_thread():
+        yield
 
 
 @pytest.fixture
