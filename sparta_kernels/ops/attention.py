@@ -26,6 +26,7 @@ from sparta_kernels.ops.attention_kernels import (
 )
 from sparta_kernels.ops.checks import check_images, check_integer, check_shape, check_tensor
 from sparta_kernels.ops.gate import raw_gate_backward, raw_gate_backward_of_sum, raw_gate_forward
+from sparta_kernels.ops.library import asked
 
 # ---- both halves, for the two functions below --------------------------------------------------------------
 
@@ -74,7 +75,7 @@ class _Fused(Function):
         """x's, added to gx if that is not None, and the weights'; `grads` are those of a, channel and kernel."""
         if gx is not None:
             raw_backward_(gx, *grads, bits, ctx.packed.tensors, ctx.packed.hidden, ctx.packed.backend)
-        wanted = _asked(ctx, weights)
+        wanted = asked(ctx, 0, (x, *weights))[1:]
         found: Sequence[Tensor | None] = (None,) * len(weights)
         if any(wanted):
             found = weight_gradients(x, weights, bits, means, *grads)
@@ -82,25 +83,6 @@ class _Fused(Function):
             None if value is None or weight is None or not want else value.view(weight.shape).to(weight.dtype)
             for value, weight, want in zip(found, weights, wanted, strict=True)
         )
-
-
-def _asked(ctx: Any, weights: AttentionWeights) -> list[bool]:
-    """Which weights have gradients that somebody asks for in this backward pass.
-
-    ``needs_input_grad`` tells whose gradient exists. An attack on a network whose weights are trainable asks for that
-    of the images alone.
-    """
-    needed = ctx.needs_input_grad[1 : 1 + len(weights)]
-    nodes = iter(ctx.next_functions[1:])  # x's comes first; what is not a tensor has none
-    behind = [None if weight is None else next(nodes)[0] for weight in weights]
-    return [need and _will_run(node) for need, node in zip(needed, behind, strict=True)]
-
-
-def _will_run(node: Any) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except (AttributeError, RuntimeError):  # not in this torch; or a leaf that torch.autograd.grad was given
-        return True
 
 
 class SpartaAttention(Function):
@@ -197,12 +179,12 @@ def _again(
             a, channel, kernel = found
             found = (reference.gate(x, _shared(a, share), channel, kernel, share),)
         inputs = [x, *weights]
-        asked = [i for i, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
+        places = [i for i, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
         pairs = [(out, grad) for out, grad in zip(found, grads, strict=True) if grad is not None and out.requires_grad]
         outputs, incoming = zip(*((out, grad.to(out.dtype)) for out, grad in pairs), strict=True)
-        leaves: Any = [inputs[i] for i in asked]
+        leaves: Any = [inputs[i] for i in places]
         again = torch.autograd.grad(outputs, leaves, incoming, create_graph=True, allow_unused=True)
-    by_input = dict(zip(asked, again, strict=True))
+    by_input = dict(zip(places, again, strict=True))
     return [by_input.get(i) for i in range(len(inputs))]
 
 

@@ -177,3 +177,32 @@ def differentiable(
 def eager() -> bool:
     """Whether plain eager autograd is at work: no compiler, no torch.func transform."""
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def untraced() -> bool:
+    """The same, and neither torch.jit.trace nor forward-mode AD: nobody who has to see plain PyTorch is looking."""
+    return eager() and not torch.jit.is_tracing() and torch.autograd.forward_ad._current_level < 0
+
+
+def asked(ctx: Any, first: int, tensors: Sequence[Tensor | None]) -> list[bool]:
+    """Which inputs of a Function have gradients that somebody asks for in this backward pass.
+
+    ``needs_input_grad`` tells whose gradient exists. An attack on a network whose weights are trainable asks for that
+    of the images alone.
+
+    Args:
+        ctx: that of the Function, while its backward runs.
+        first: the position of ``tensors[0]`` among the Function's arguments; no tensor stands before it.
+        tensors: the arguments from there on, None where one is absent.
+    """
+    needed = ctx.needs_input_grad[first : first + len(tensors)]
+    nodes = iter(ctx.next_functions)  # what is not a tensor has none
+    behind = [None if tensor is None else next(nodes)[0] for tensor in tensors]
+    return [need and _will_run(node) for need, node in zip(needed, behind, strict=True)]
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except (AttributeError, RuntimeError):  # not in this torch; or a leaf that torch.autograd.grad was given
+        return True
