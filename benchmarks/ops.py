@@ -100,6 +100,10 @@ def run(ways: Ways, options: argparse.Namespace, plan: Plan, document: dict[str,
     except KeyboardInterrupt:
         print(f"{ways.name}: interrupted", file=sys.stderr)
         status = INTERRUPTED
+        try:  # what was noted since the last cell: what is wrong, what was left out
+            ways.save(options.json, document)
+        except OSError as error:
+            print(f"{ways.name}: {error}", file=sys.stderr)
     except torch.AcceleratorError as error:
         if not document["failed"]:  # else `_measure` has noted where it was
             document["failed"].append(str(error).splitlines()[0])

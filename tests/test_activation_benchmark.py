@@ -138,6 +138,22 @@ def test_an_interruption_keeps_what_there_is(run, modules, tmp_path, monkeypatch
     assert "activation.py: interrupted" in printed.err
 
 
+def test_an_interruption_keeps_what_was_wrong(run, modules, tmp_path, monkeypatch):
+    """Also where no cell was measured yet."""
+    path = tmp_path / "activation.json"
+
+    def interrupted(name, candidate, inputs):
+        if name == "relu":
+            raise KeyboardInterrupt
+        raise modules["gates"].WrongResult(f"{name} is wrong")
+
+    monkeypatch.setattr(modules["activation_candidates"].Operation, "check", staticmethod(interrupted))
+    assert run(path) == 130
+    document = json.loads(path.read_text())
+    assert document["failed"] == ["copy is wrong"]
+    assert document["complete"] is False
+
+
 def test_a_budget_is_kept(run, tmp_path):
     path = tmp_path / "activation.json"
     assert run(path, "--budget", "0.001") == 0
