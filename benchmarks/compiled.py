@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import machine_code
 import torch
@@ -27,7 +27,7 @@ from machine_code import Code
 from rich.console import Console
 from rich.table import Table
 
-from sparta_kernels import backends
+from sparta_kernels import AttentionWeights, backends
 from sparta_kernels.backends import native
 from sparta_kernels.data.files import check_writable
 from sparta_kernels.report import save_json
@@ -126,21 +126,6 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-class _Weights(NamedTuple):
-    """As in `sparta_kernels.ops.attention`."""
-
-    w13: torch.Tensor
-    b13: torch.Tensor
-    w4: torch.Tensor
-    b4: torch.Tensor
-    w2: torch.Tensor
-    b2: torch.Tensor
-    b7: torch.Tensor
-    w6: torch.Tensor | None
-    b6: torch.Tensor | None
-    w7: torch.Tensor | None
-
-
 def attention_launches(
     shape: tuple[int, int, int, int],
     hidden: int,
@@ -156,7 +141,7 @@ def attention_launches(
     samples, channels, *_ = shape
     shapes = [(2 * hidden, channels), (2 * hidden,), (hidden,), (1,), (channels, hidden), (channels,), (1,)]
     common, more = (empty(*size) for size in shapes), (empty(hidden, hidden), empty(hidden), empty(hidden))
-    weights = _Weights(*common, *(more if dynamic else (None,) * 3))
+    weights = AttentionWeights(*common, *(more if dynamic else (None,) * 3))
     order = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x = empty(*shape, dtype=dtype).contiguous(memory_format=order)
     packed = triton.pack_attention(weights, dtype)
