@@ -22,7 +22,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from sparta_kernels import backends, reference
+from sparta_kernels import AttentionWeights, backends, reference
+from sparta_kernels.ops.attention_gradients import hidden_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -32,6 +33,8 @@ _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3, t
 GATES = ((1, 1, 1, 1, 1), (3, 5, 7, 3, 1), (2, 16, 8, 8, 1), (2, 17, 5, 13, 2), (1, 70, 33, 31, 1), (2, 130, 4, 4, 3))
 CONVS = ((1, 1, 1, 1), (3, 5, 7, 3), (2, 33, 31, 5))  # N, H, W, K
 IMAGES = ((1, 1, 1, 1), (2, 3, 5, 7), (3, 3, 33, 31))
+# N, C, H, W, hidden: one element, samples that share a tile and straddle tiles, several tiles of a sample.
+ACTIVATIONS = ((1, 1, 1, 1, 1), (5, 17, 7, 7, 20), (2, 70, 13, 11, 33))
 EPS, STEP, SEED = 0.25, 0.0625, 7
 
 Result = tuple[str, Tensor, Tensor]  # what, as it is, as it should be
@@ -71,6 +74,9 @@ def _results(module: Any, device: torch.device, dtype: torch.dtype, some: slice)
         for layout in (torch.contiguous_format, torch.channels_last):
             for plain in (True, False):
                 yield from _gate(module, device, dtype, shape, layout, plain)
+    for activation in ACTIVATIONS[some]:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            yield from _attention(module, device, dtype, activation, layout)
     for conv in CONVS[some]:
         yield from _conv(module, device, dtype, conv)
     for image in IMAGES[some]:
@@ -105,6 +111,38 @@ def _gate(
     for number, (got, right) in enumerate(zip(gradients, expected, strict=True)):
         if got is not None and right is not None:
             yield f"{title} gradient {number}", got, right
+
+
+def _attention(
+    module: Any, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format
+) -> Iterator[Result]:
+    _, channels, height, width, hidden = shape
+    x, gx = (torch.randn(shape[:4]).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    there = _put(x, device, shifted=False)
+    if module.attention_unfit(there, hidden) is not None:
+        return
+    sizes = ((2 * hidden, channels), 2 * hidden, hidden, 1, (channels, hidden), channels, 1, (hidden, hidden), hidden)
+    weights = AttentionWeights(*((torch.randn(size) / hidden**0.5).to(dtype) for size in (*sizes, hidden)))
+    packed = module.pack_attention(AttentionWeights(*(weight.to(device) for weight in weights)), dtype)
+    title = f"attention {shape} {layout}"
+    *found, bits = module.attention_forward(there, packed, hidden, True)
+    doubles = [weight.double() for weight in weights]
+    expected = reference.folded_attention(x.double(), *doubles)
+    for name, got, right in zip(("a", "channel", "kernel"), found, expected, strict=False):
+        yield f"{title} {name}", got, right
+
+    # With the kernel's own bits: near 0 rounding decides them.
+    grads = [torch.randn_like(right) for right in expected]
+    there = _put(gx, device, shifted=False)
+    module.attention_backward_(there, *(grad.to(found[0]) for grad in grads), bits, packed, hidden)
+    m1, m3, m6 = hidden_bits(bits.cpu(), hidden).unbind(2)
+    (w1, w3), w4, w2, w6, w7 = doubles[0].chunk(2), doubles[2], doubles[4], doubles[7], doubles[9]
+    ga, gchannel, gkernel = grads
+    g1 = m1 * (gchannel @ w2 / (height * width))[:, None]
+    g6 = m6 * (torch.outer(gkernel, w7) / (height * width))[:, None]
+    g3 = m3 * (ga.flatten(1)[..., None] * w4 + g6 @ w6)
+    added = (g1 @ w1 + g3 @ w3).transpose(1, 2).unflatten(2, (height, width))
+    yield f"{title} gradient", there, gx.double() + added
 
 
 def _conv(module: Any, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Result]:

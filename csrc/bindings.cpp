@@ -116,12 +116,12 @@ void relu_backward(int64_t elements, int dtype, Address grad, Address grad2, Add
   SPARTA_RUN(relu_backward, args)
 }
 
-using Extents = std::array<int64_t, 4>;  // samples, channels, pixels, hidden (padded)
+using Extents = std::array<int64_t, 5>;  // samples, channels, pixels, hidden (padded), spare
 template <size_t count>
 using Addresses = std::array<Address, count>;
 
 AttentionShape attention_shape(const Extents& s, bool planar, bool dynamic) {
-  return {s[0], s[1], s[2], s[3], planar, dynamic};
+  return {s[0], s[1], s[2], s[3], s[4], planar, dynamic};
 }
 
 void attention_forward(const Extents& shape, bool planar, bool dynamic, int dtype, int product, const Rows& x,

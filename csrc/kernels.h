@@ -134,6 +134,7 @@ constexpr int64_t kHiddenGroup = 16;
 struct AttentionShape {
   int64_t samples, channels, pixels;
   int64_t hidden;  // padded
+  int64_t spare;   // how many of those are padding
   bool planar, dynamic;
 
   SPARTA_INLINE int64_t masks() const { return dynamic ? 3 : 2; }

@@ -106,7 +106,7 @@ def relu_backward(
     /,
 ) -> None: ...
 def attention_forward(
-    shape: tuple[int, int, int, int],  # N, C, H * W, hidden channels padded to a multiple of 16
+    shape: tuple[int, int, int, int, int],  # N, C, H * W, hidden padded to a multiple of 16, padding
     planar: bool,
     dynamic: bool,
     dtype: int,  # of x
@@ -119,7 +119,7 @@ def attention_forward(
     /,
 ) -> None: ...
 def attention_backward(
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, int, int, int, int],
     planar: bool,
     dynamic: bool,
     dtype: int,

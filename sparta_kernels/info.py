@@ -10,7 +10,8 @@ import torch
 from sparta_kernels import backends
 from sparta_kernels._version import __version__
 from sparta_kernels.backends import choices, native
-from sparta_kernels.ops.attention import fused_backend
+from sparta_kernels.ops.attention_kernels import fused_backend
+from sparta_kernels.ops.checks import FLOATS
 
 OPERATIONS = ("sparta_gate", "dynamic_conv", "pgd_step_", "pgd_start_")
 ATTENTION = ("sparta_attention", "sparta_activation")  # whose kernels are not for every dtype
@@ -42,7 +43,7 @@ def _cuda_version(number: int) -> str:
 def _attention(kind: str) -> backends.Choice:
     """What `auto` takes for bfloat16, and what it takes for each dtype as the reason."""
     found = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in FLOATS:
         backend, why = fused_backend(torch.empty(1, 1, 1, 1, dtype=dtype, device=kind), 1, "auto")
         found[str(dtype).removeprefix("torch.")] = (backend, "its kernels") if backend else ("reference", why)
     reason = "; ".join(f"{dtype}: {backend} ({why})" for dtype, (backend, why) in found.items())

@@ -23,8 +23,10 @@ struct Tiles {
   int64_t count;
 
   explicit Tiles(const AttentionShape& s) : shape(s) {
-    // What is read between two products, h1 and h3 in float32, takes 128 kB: it fits in L2 beside the matrices.
-    const int64_t rows = max(32, min(128, 16384 / s.hidden));
+    // What is read between two products, h1 and h3 in float32, takes up to 128 kB (with 512 hidden channels at most): it
+    // fits in L2 beside the matrices. Fewer rows where there would be few tiles for many cores.
+    int64_t rows = max(32, min(128, 16384 / s.hidden));
+    while (rows > 32 && s.samples * s.pixels < 32 * rows) rows /= 2;
     per_sample = ceil_div(s.pixels, rows);
     pixels = ceil_div(s.pixels, per_sample);
     samples = max(1, rows / s.pixels);
@@ -238,13 +240,17 @@ struct Group {
   }
 };
 
+constexpr uint64_t kWhole = 0xffff;  // a group of which no channel is padding
+
 // What the rows of a product become: h = relu(product + bias), and its bits. `bits` are those of the first row, which
-// the others' follow `words` apart. each(row, group) is given h.
+// the others' follow `words` apart. each(row, group) is given h. Channels whose bit in `real` is not set are padding, and 0:
+// an infinite x times a padding weight is a NaN.
 template <class Acc, class Each>
-SPARTA_INLINE void rectify(const Acc* product, int64_t width, const Group<Acc>& bias, int64_t rows, uint16_t* bits,
-                           int64_t words, Each each) {
+SPARTA_INLINE void rectify(const Acc* product, int64_t width, const Group<Acc>& bias, uint64_t real, int64_t rows,
+                           uint16_t* bits, int64_t words, Each each) {
   for (int64_t r = 0; r < rows; ++r) {
-    const Group<Acc> h = Group<Acc>::load(product + r * width) + bias;
+    Group<Acc> h = Group<Acc>::load(product + r * width) + bias;
+    if (real != kWhole) h = h.where(real);
     if (bits != nullptr) bits[r * words] = h.passing_bits();
     each(r, h.rectified());
   }
@@ -267,13 +273,19 @@ struct Forward {
   Scratch<Acc> hidden_rows{tiles.rows() * 2 * hidden};
   Scratch<Acc> dots{(tiles.rows() + lanes) * lanes};  // of h3 and w4, still spread over a register's lanes
 
-  bool gathers() const { return !rows_follow_each_other(args.x, tiles) || !std::is_same_v<T, G> || inner != channels; }
+  bool gathers() const {
+    // BLAS takes neither rows that overlap (expanded ones, or a stride that says nothing) nor strides beyond 32 bits.
+    const bool apart = args.x.row_stride >= channels && args.x.row_stride <= INT32_MAX;
+    return !apart || !rows_follow_each_other(args.x, tiles) || !std::is_same_v<T, G> || inner != channels;
+  }
   Ahead next(const Matrices& m, int64_t index) const {
     if (m.data == nullptr || index + 1 >= tiles.count || !rows_follow_each_other(m, tiles)) return {};
     return {Tile(tiles, index + 1).start<const T>(m, 0, false), m.row_stride, channels};
   }
   const Acc* vector(const void* of) const { return static_cast<const Acc*>(of); }
   const G* matrix(const void* of) const { return static_cast<const G*>(of); }
+
+  uint64_t real(int64_t group) const { return group + 1 < groups ? kWhole : kWhole >> args.shape.spare; }
 
   // Where a sum over a sample's pixels in this tile goes to, and by what it is multiplied.
   Acc* sum_at(const Tile& tile, int64_t index, int64_t n, int64_t which) const {
@@ -289,7 +301,7 @@ struct Forward {
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t at = g * kHiddenGroup, first = n * tile.pixels;
         Sums sum;
-        rectify(product + first * width + at, width, Sums::load(bias + at), tile.pixels,
+        rectify(product + first * width + at, width, Sums::load(bias + at), real(g), tile.pixels,
                 bits == nullptr ? nullptr : bits + first * words + g, words,
                 [&](int64_t, const Sums& h) { sum = sum + h; });
         (sum * scale()).store(sum_at(tile, index, n, which) + at);
@@ -302,7 +314,7 @@ struct Forward {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t at = g * kHiddenGroup;
       const Sums w4 = Sums::load(vector(args.w4) + at);
-      rectify(product + at, width, Sums::load(bias + at), tile.rows, bits == nullptr ? nullptr : bits + g, words,
+      rectify(product + at, width, Sums::load(bias + at), real(g), tile.rows, bits == nullptr ? nullptr : bits + g, words,
               [&](int64_t r, const Sums& h) {
                 if (args.shape.dynamic) h.store(h3 + r * hidden + at);
                 const auto sum = h.dot(w4);

@@ -55,7 +55,11 @@ void Products::multiply(int64_t m, int64_t n, int64_t k, const double* a, int64_
 }
 
 void Products::release() noexcept {
-  if (functions.release != nullptr) guarded([] { functions.release(true); });
+  if (functions.release == nullptr) return;
+  try {  // after a failure too
+    functions.release(true);
+  } catch (...) {
+  }
 }
 
 void Products::check() const {

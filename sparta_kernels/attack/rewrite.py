@@ -17,6 +17,8 @@ from .casting import InDtype, cast_functions
 from .tracing import ROOT, drop_unused, first_input, is_relu, is_sum, no_overwriting, trace, writes_input
 
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)  # in eval mode
+_POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_READERS = (torch.cat, torch.mul, operator.mul, torch.mean, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, "mean")
 _SIGNATURE = inspect.signature(F.batch_norm)
 _NORMALISATION = (*NORMS, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
 
@@ -273,7 +275,7 @@ class _Rewriter:
                 self.sums += 1
             self.relus += 1
             a, *b = operands if self._fresh(operands[0]) else operands[::-1]
-            forked = len(node.users) > 1 and not any(writes_input(user, self.named) for user in node.users)
+            forked = self._only_read_by_several(node)
             with self.graph.inserting_before(node):
                 function = relu_of_sum_fork if forked else relu_of_sum
                 fused = self.graph.call_function(function, (a, *b), {"inplace": self._fresh(a)})
@@ -314,13 +316,23 @@ class _Rewriter:
         """Activations that several read: see `_share_out`."""
         for node in list(self.graph.nodes):
             built = self.built.get(str(node.target)) if node.op == "call_module" else None
-            if not getattr(built, "forks", False) or len(node.users) < 2:
-                continue
-            if any(writes_input(user, self.named) for user in node.users):
+            if not getattr(built, "forks", False) or not self._only_read_by_several(node):
                 continue
             with self.graph.inserting_before(node):
                 pair = self.graph.call_module(str(node.target), node.args, {**node.kwargs, "twice": True})
             self._share_out(node, pair)
+
+    def _only_read_by_several(self, node: fx.Node) -> bool:
+        """Whether several nodes read the output, and none writes into it or makes a view of it for others to write."""
+        return len(node.users) > 1 and all(self._only_reads(user) for user in node.users)
+
+    def _only_reads(self, node: fx.Node) -> bool:
+        if writes_input(node, self.named):
+            return False
+        if node.op == "call_module":
+            built = self.built.get(str(node.target))
+            return isinstance(built, (FrozenConv, *_POOLING)) or getattr(built, "forks", False)
+        return is_sum(node) or is_relu(node, self.named) or node.target in (relu_of_sum, relu_of_sum_fork, *_READERS)
 
     def _own(self, node: Any) -> bool:
         """Whether one node alone reads the output, and it is no view of anything, so that a write into it is unseen."""

@@ -334,7 +334,7 @@ def attention_forward(
     bits = new(samples, height * width, masks, padded // 8, dtype=torch.uint8) if keep else None
     weights = made.forward13, made.forward6, made.forward2, made.b13, made.b6, made.b2, made.w4, made.w7
     _native.attention_forward(
-        (samples, channels, height * width, padded),
+        (samples, channels, height * width, padded, padded - hidden),
         planar,
         made.dynamic,
         DTYPES[x.dtype],
@@ -360,7 +360,7 @@ def attention_backward_(
     made = _Packed(*packed)
     gradients = [gradient.to(made.w4.dtype).contiguous() for gradient in (ga, gchannel, gkernel)]
     _native.attention_backward(
-        (samples, channels, height * width, _padded(hidden)),
+        (samples, channels, height * width, _padded(hidden), _padded(hidden) - hidden),
         planar,
         made.dynamic,
         DTYPES[gx.dtype],

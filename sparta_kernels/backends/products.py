@@ -37,7 +37,8 @@ def available() -> frozenset[torch.dtype]:
     if addresses[2] == 0:
         addresses[0] = addresses[1] = 0
     _native.set_products(addresses)
-    return frozenset(dtype for dtype in (torch.float64, torch.float32, torch.bfloat16) if _right(dtype))
+    with torch.backends.mkldnn.flags(enabled=True):  # as it will be where it counts: the answer is kept
+        return frozenset(dtype for dtype in (torch.float64, torch.float32, torch.bfloat16) if _right(dtype))
 
 
 def in_pairs(matrix: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ..ops.attention import AttentionWeights, Packed, activate, fused_backend, p
 from ..ops.relu import add_relu, add_relu_fork
 from .frozen import Form, freeze
 from .gating import conv5_and_gate
-from .whole import folded
+from .whole import can_be_folded, folded
 
 if TYPE_CHECKING:
     from .sparta import Sparta
@@ -57,8 +57,8 @@ class FrozenSparta(nn.Module):
         else:
             self.conv5 = nn.Parameter(sparta.conv5.detach(), requires_grad=False)
         self._source = (sparta,)
-        self._whole: AttentionWeights | None = None
-        self._packed: dict[str, Packed] = {}  # by backend
+        self._whole: AttentionWeights | None = self._folded() if can_be_folded(sparta) else None
+        self._packed: dict[tuple[str, torch.dtype], Packed] = {}
         self.eval()
 
     def refresh(self) -> None:
@@ -68,28 +68,30 @@ class FrozenSparta(nn.Module):
         if self._whole is None:
             return
         self._whole = self._folded()
-        for backend, packed in self._packed.items():
-            now = pack(self._whole, self.conv1.weight.dtype, backend)  # type: ignore[arg-type]
-            for mine, other in zip(packed.tensors, now.tensors, strict=True):
-                mine.copy_(other)
+        for (backend, dtype), packed in self._packed.items():
+            now = pack(self._whole, dtype, backend)
+            if all(mine.shape == other.shape for mine, other in zip(packed.tensors, now.tensors, strict=True)):
+                for mine, other in zip(packed.tensors, now.tensors, strict=True):
+                    mine.copy_(other)
+            else:  # packed for other products: torch.backends.mkldnn has been switched
+                packed.tensors[:] = now.tensors
 
-    @torch.no_grad()
     def _folded(self) -> AttentionWeights:
-        weights: Any = (None if weight is None else weight.detach() for weight in folded(self._source[0]))
-        return AttentionWeights(*weights)
+        with torch.inference_mode(False), torch.no_grad():
+            weights: Any = (None if weight is None else weight.clone() for weight in folded(self._source[0]))
+            return AttentionWeights(*weights)
 
     def _one_operation(self, x: Tensor) -> tuple[AttentionWeights, Packed] | None:
         """The weights of the whole activation in one operation, where there are kernels for x."""
-        if self.kernel_size != 1:
+        if self._whole is None or x.device != self._whole.w4.device:
             return None
-        backend, _ = fused_backend(x, self._source[0].hidden)
+        backend, _ = fused_backend(x, self._whole.hidden)
         if not backend:
             return None
-        if self._whole is None:
-            self._whole = self._folded()
-        if backend not in self._packed:
-            self._packed[backend] = pack(self._whole, x.dtype, backend)
-        return self._whole, self._packed[backend]
+        key = backend, x.dtype
+        if key not in self._packed:
+            self._packed[key] = pack(self._whole, x.dtype, backend)
+        return self._whole, self._packed[key]
 
     def forward(self, x: Tensor, skip: Tensor | None = None, *, twice: bool = False) -> Any:
         """With `twice` y for two consumers, in the same memory: write into neither."""
@@ -97,6 +99,7 @@ class FrozenSparta(nn.Module):
         whole = self._one_operation(x)
         if skip is not None:
             alike = isinstance(skip, Tensor) and skip.dtype == x.dtype and skip.shape == x.shape
+            alike = alike and skip.device == x.device and not (x.is_leaf and x.requires_grad)
             if whole is not None and alike and skip.stride() == x.stride() and is_gapless(x):
                 return activate(x, *whole, self.share, skip=skip, twice=twice)
             x = x.add_(skip) if alike else x + skip

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .. import backends
+from ..ops.library import untraced
 from .frozen import has_hooks
 
 if TYPE_CHECKING:
@@ -41,20 +42,11 @@ Grads = tuple[Tensor | None, ...]
 _FEW_PIXELS = 64
 
 
-class _Norm(NamedTuple):
-    """What a BatchNorm does to its running statistics, and its epsilon."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    momentum: float
-    eps: float
-
-
 class _Options(NamedTuple):
-    """All that is not differentiated: the geometry of each convolution, the BatchNorms, who computes ReLU."""
+    """All that is not differentiated: the geometry of each convolution, each BatchNorm's epsilon, who computes ReLU."""
 
     geometries: dict[str, tuple[Any, ...]]
-    norms: dict[str, _Norm]
+    eps: dict[str, float]
     dynamic: bool
     pooled: bool  # conv2 sees the mean alone: it has one pixel
     backend: str
@@ -101,35 +93,34 @@ def attention_in_training(sparta: Sparta, x: Tensor) -> tuple[Tensor, Tensor, Te
     if chosen is None:
         return None
     layers = _layers(sparta)
+    norms = {name: layer for name, layer in layers.items() if isinstance(layer, nn.BatchNorm2d)}
     tensors = _tensors(layers)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         # As autocast does it: products in its dtype, BatchNorm with parameters in their own.
         dtype = torch.get_autocast_dtype(device)
         x = _cast(x, dtype)
-        norms = [isinstance(layer, nn.BatchNorm2d) for layer in layers.values() for _ in range(2)]
+        names = [name for name in layers for _ in range(2)]
         tensors = [
-            tensor if norm or tensor is None else _cast(tensor, dtype)
-            for tensor, norm in zip(tensors, norms, strict=True)
+            tensor if name in norms or tensor is None else _cast(tensor, dtype)
+            for tensor, name in zip(tensors, names, strict=True)
         ]
     options = _Options(
         {name: _geometry(layer) for name, layer in layers.items() if isinstance(layer, nn.Conv2d)},
-        {name: _step(layer) for name, layer in layers.items() if isinstance(layer, nn.BatchNorm2d)},
+        {name: norm.eps for name, norm in norms.items()},
         sparta.dynamic,
         sparta.kernel_size == 1,
         chosen,
     )
     with torch.autocast(device, enabled=False):
-        spatial, channel, *rest = _Attention.apply(options, x, *tensors)
+        spatial, channel, *rest = _Attention.apply(options, norms, x, *tensors)
     kernel = rest[0] if sparta.dynamic else sparta.conv5.flatten().expand(x.shape[0], -1)
     return spatial, channel, kernel
 
 
 def _backend(sparta: Sparta, x: Tensor) -> str | None:
     """The backend of the ReLUs, None where the plain composition has to be taken."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return None
-    if not torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+    if not untraced() or not torch.is_grad_enabled() or x.device.type not in ("cpu", "cuda"):
         return None
     if x.shape[0] * x.shape[2] * x.shape[3] < 2:  # no statistics: a BatchNorm says so itself
         return None
@@ -176,15 +167,15 @@ def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
     return conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
 
 
-def _step(norm: nn.BatchNorm2d) -> _Norm:
-    """Count the batch, as a BatchNorm's forward does, and tell how far its running statistics go."""
+def _step(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool, float, float]:
+    """Count the batch, as a BatchNorm's forward does, and tell torch what to do with the running statistics."""
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)
     tracked = (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
-    return _Norm(*tracked, momentum, norm.eps)
+    return *tracked, True, momentum, norm.eps
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -205,17 +196,17 @@ class _Attention(Function):
     """(spatial, channel), and kernel where it is predicted."""
 
     @staticmethod
-    def forward(ctx: Any, options: _Options, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, options: _Options, norms: dict[str, nn.BatchNorm2d], x: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         w = _Weights(*tensors)  # type: ignore[arg-type]
         keep = x.shape[2] * x.shape[3] <= _FEW_PIXELS
         kept: list[Tensor | None] = []
         strides: list[tuple[int, ...]] = []
 
         def branch(number: int, input: Tensor, weight: Any, bias: Any, gamma: Any, beta: Any) -> Tensor:
-            norm = options.norms[f"bn{number}"]
             z = torch.convolution(input, weight, bias, *options.geometries[f"conv{number}"])
-            statistics = (norm.running_mean, norm.running_var, True, norm.momentum, norm.eps)
-            h, mean, inverse = _aten.native_batch_norm(z, gamma, beta, *statistics)
+            h, mean, inverse = _aten.native_batch_norm(z, gamma, beta, *_step(norms[f"bn{number}"]))
             kept.extend((mean, inverse, _relu_(h, None, True, options.backend), z if keep else None))
             strides.append(h.stride())
             return h
@@ -242,16 +233,16 @@ class _Attention(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         x, *rest = ctx.saved_tensors
         tensors, (mean1, mean6, *kept) = rest[: ctx.count], rest[ctx.count :]
-        needs = ctx.needs_input_grad[1:]
+        needs = ctx.needs_input_grad[2:]
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():
-                return None, *_differentiable(ctx.options, needs, (x, *tensors), grads)
+                return None, None, *_differentiable(ctx.options, needs, (x, *tensors), grads)
             branches = {
                 number: _Branch(*parts)
                 for number, *parts in zip((1, 3, 6), *(kept[i::4] for i in range(4)), ctx.strides, strict=False)
             }
             backward = _Backward(ctx.options, x, _Weights(*tensors), branches, needs)
-            return None, *backward(grads, mean1, mean6)
+            return None, None, *backward(grads, mean1, mean6)
 
 
 class _Backward:
@@ -335,8 +326,7 @@ class _Backward:
         mean, inverse, bits, _, stride = self.branches[number]
         grad = _relu_backward(grad, None, bits, stride, self.options.backend)
         gamma = getattr(self.w, f"gamma{number}")
-        norm = self.options.norms[f"bn{number}"]
-        statistics = (None, None, mean, inverse, True, norm.eps)
+        statistics = (None, None, mean, inverse, True, self.options.eps[f"bn{number}"])
         gz, ggamma, gbeta = _aten.native_batch_norm_backward(grad, z, gamma, *statistics, [True, True, True])
         # A BatchNorm takes away whatever a bias adds before it: what torch sums up there is rounding, but for a NaN.
         for name, found in ((f"gamma{number}", ggamma), (f"beta{number}", gbeta), (f"b{number}", 0 * gbeta)):
@@ -367,7 +357,7 @@ def _composition(options: _Options, x: Tensor, w: _Weights) -> tuple[Tensor, ...
 
     def branch(number: int, input: Tensor, weight: Any, bias: Any, gamma: Any, beta: Any) -> Tensor:
         z = torch.convolution(input, weight, bias, *options.geometries[f"conv{number}"])
-        return F.relu(F.batch_norm(z, None, None, gamma, beta, True, 0.0, options.norms[f"bn{number}"].eps))
+        return F.relu(F.batch_norm(z, None, None, gamma, beta, True, 0.0, options.eps[f"bn{number}"]))
 
     h1 = branch(1, x, *w[:4])
     if options.pooled:

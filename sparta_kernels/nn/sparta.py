@@ -102,17 +102,17 @@ class Sparta(nn.Module):
         found = attention_in_training(self, x)
         if found is not None:
             return conv5_and_gate(x, *found, self.kernel_size, self.share)
-        h1 = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        h1 = F.relu(self.bn1(self.conv1(x)))
         if self.kernel_size == 1:
             channel = self.conv2(h1.mean((2, 3), keepdim=True)).flatten(1)
         else:
             channel = self.conv2(h1).mean((2, 3))
 
-        h3 = F.relu(self.bn3(self.conv3(x)), inplace=True)
+        h3 = F.relu(self.bn3(self.conv3(x)))
         spatial = self.conv4(h3)
 
         if self.dynamic:
-            h6 = F.relu(self.bn6(self.conv6(h3)), inplace=True)
+            h6 = F.relu(self.bn6(self.conv6(h3)))
             kernel = self.predict(h6.mean((2, 3)))
         else:
             kernel = self.conv5.flatten().expand(x.shape[0], -1)

@@ -21,22 +21,48 @@ def is_one_operation(sparta: Sparta, x: Tensor) -> bool:
     has replaced, parametrised or put hooks on are called one by one; so they are under autocast, which decides for each
     of them what it computes in, and where there are no kernels for x.
     """
-    if sparta.kernel_size != 1 or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
         return False
-    convolutions = [sparta.conv1, sparta.conv2, sparta.conv3, sparta.conv4]
+    if torch.is_autocast_enabled(x.device.type) or nn.modules.module._has_any_global_hook():
+        return False
+    if not can_be_folded(sparta) or any(has_hooks(layer) for layer in sparta.children()):
+        return False
+    if any(layer.training for layer in sparta.children() if isinstance(layer, nn.BatchNorm2d)):
+        return False
+    weight = sparta.conv1.weight
+    return x.dtype == weight.dtype and x.device == weight.device and fused_backend(x, sparta.hidden)[0] != ""
+
+
+def can_be_folded(sparta: Sparta) -> bool:
+    """Whether K = 1 and the layers are what `Sparta` made, so that `folded` weights are all that there is to them."""
+    channels, hidden = sparta.channels, sparta.hidden
+    convolutions = [(sparta.conv1, channels, hidden), (sparta.conv3, channels, hidden)]
+    convolutions += [(sparta.conv2, hidden, channels), (sparta.conv4, hidden, 1)]
     norms = [sparta.bn1, sparta.bn3]
     if sparta.dynamic:
-        convolutions, norms = [*convolutions, sparta.conv6], [*norms, sparta.bn6]
-        if type(sparta.predict) is not nn.Linear or has_hooks(sparta.predict) or sparta.predict.bias is None:
+        convolutions, norms = [*convolutions, (sparta.conv6, hidden, hidden)], [*norms, sparta.bn6]
+        predict = sparta.predict
+        if type(predict) is not nn.Linear or predict.weight.shape != (1, hidden) or not _is_plain(predict):
             return False
-    plain = all(type(conv) is nn.Conv2d and not has_hooks(conv) and conv.bias is not None for conv in convolutions)
-    frozen = all(
-        type(bn) is nn.BatchNorm2d and not has_hooks(bn) and not bn.training and bn.running_mean is not None
-        for bn in norms
+    return (
+        sparta.kernel_size == 1
+        and all(_is_product(conv, *sizes) for conv, *sizes in convolutions)
+        and all(
+            type(bn) is nn.BatchNorm2d and bn.running_mean is not None and "forward" not in vars(bn) for bn in norms
+        )
     )
-    if not (plain and frozen) or x.dtype != sparta.conv1.weight.dtype or x.device != sparta.conv1.weight.device:
+
+
+def _is_product(conv: nn.Module, inputs: int, outputs: int) -> bool:
+    """Whether the layer is a plain 1x1 convolution, with a bias."""
+    if type(conv) is not nn.Conv2d or conv.weight.shape != (outputs, inputs, 1, 1) or not _is_plain(conv):
         return False
-    return fused_backend(x, sparta.hidden)[0] != ""
+    return conv.stride == (1, 1) and conv.padding in ((0, 0), "same", "valid")
+
+
+def _is_plain(layer: nn.Conv2d | nn.Linear) -> bool:
+    plain = type(layer.weight) in (Tensor, nn.Parameter)  # others may have rules of their own
+    return plain and layer.bias is not None and "forward" not in vars(layer)
 
 
 def folded(sparta: Sparta) -> AttentionWeights:
@@ -65,7 +91,7 @@ def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(bn.running_var.to(work) + bn.eps)  # type: ignore[union-attr]
     if bn.weight is not None:
         scale = scale * bn.weight
-    shift = (conv.bias - bn.running_mean) * scale  # type: ignore[operator]
+    shift = (conv.bias.to(work) - bn.running_mean) * scale  # type: ignore[union-attr, operator]
     if bn.bias is not None:
         shift = shift + bn.bias
     return conv.weight.flatten(1) * scale[:, None], shift

@@ -26,7 +26,7 @@ from sparta_kernels.ops.attention_kernels import (
 )
 from sparta_kernels.ops.checks import check_images, check_integer, check_shape, check_tensor
 from sparta_kernels.ops.gate import raw_gate_backward, raw_gate_backward_of_sum, raw_gate_forward
-from sparta_kernels.ops.library import asked
+from sparta_kernels.ops.library import asked, untraced
 
 # ---- both halves, for the two functions below --------------------------------------------------------------
 
@@ -78,7 +78,8 @@ class _Fused(Function):
         wanted = asked(ctx, 0, (x, *weights))[1:]
         found: Sequence[Tensor | None] = (None,) * len(weights)
         if any(wanted):
-            found = weight_gradients(x, weights, bits, means, *grads)
+            with torch.autocast(x.device.type, enabled=False):
+                found = weight_gradients(x, weights, bits, means, *grads)
         return gx, *(
             None if value is None or weight is None or not want else value.view(weight.shape).to(weight.dtype)
             for value, weight, want in zip(found, weights, wanted, strict=True)
@@ -173,14 +174,18 @@ def _again(
     ctx: Any, x: Tensor, weights: AttentionWeights, grads: Sequence[Tensor | None], share: int | None
 ) -> list[Tensor | None]:
     """The gradients by plain PyTorch, which can be differentiated again."""
-    with torch.enable_grad():
-        found: Any = reference.folded_attention(x, *weights)
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        # Views, for one of them may be another, or made of it: its own share alone is asked for.
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, *weights)]
+        found: Any = reference.folded_attention(*inputs)  # type: ignore[arg-type]
         if share is not None:
             a, channel, kernel = found
-            found = (reference.gate(x, _shared(a, share), channel, kernel, share),)
-        inputs = [x, *weights]
-        places = [i for i, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
+            found = (reference.gate(inputs[0], _shared(a, share), channel, kernel, share),)  # type: ignore[arg-type]
+        wanted = asked(ctx, 0, (x, *weights))
+        places = [i for i, want in enumerate(wanted) if want]
         pairs = [(out, grad) for out, grad in zip(found, grads, strict=True) if grad is not None and out.requires_grad]
+        if not pairs or not places:
+            return [None] * len(inputs)
         outputs, incoming = zip(*((out, grad.to(out.dtype)) for out, grad in pairs), strict=True)
         leaves: Any = [inputs[i] for i in places]
         again = torch.autograd.grad(outputs, leaves, incoming, create_graph=True, allow_unused=True)
@@ -216,7 +221,7 @@ def _check(operation: str, x: Tensor, weights: AttentionWeights) -> None:
     }
     for name, shape in shapes.items():
         value = getattr(weights, name)
-        if value is not None:
+        if value is not None or name not in ("w6", "b6", "w7"):
             check_tensor(operation, f"weights.{name}", value, x)
             check_shape(operation, f"weights.{name}", value, "for C channels and Co hidden", shape)
 
@@ -236,8 +241,8 @@ def sparta_attention(
             the 16-bit formats in their own precision or a higher one; sums are kept in float32 (float64 for float64),
             and are bitwise repeatable.
         weights: on x's device, in any floating dtypes.
-        backend: overrides `use_backend` for this call. Where none is asked for and there are no kernels for x, this is
-            plain PyTorch.
+        backend: overrides `use_backend` for this call. Where neither asks for one, and there are no kernels for x, this
+            is plain PyTorch; so it is for torch.compile, torch.func, torch.jit and forward-mode AD.
 
     Returns:
         ``spatial (N, 1, H, W)``, ``channel (N, C)``, ``kernel (N,)``, in float32 (float64 for float64; plain PyTorch:
@@ -293,7 +298,7 @@ def activate(
     """`sparta_activation` of checked arguments and weights that are packed already.
 
     Args:
-        skip: like x in shape, dtype, device and strides: y is that of x + skip, which is written over x.
+        skip: like x, which has no gaps, in shape, dtype, device and strides: y is that of x + skip, written over x.
         twice: return y twice, for two consumers, in the same memory: their gradients are added in the gate's pass.
     """
     gate = backends.choose(x.device, backend).backend  # of the gate's kernels `auto` may prefer others
@@ -306,8 +311,9 @@ def activate(
 
 def _choose(operation: str, x: Tensor, weights: AttentionWeights, backend: str | None) -> str:
     chosen, reason = fused_backend(x, weights.hidden, backend, f"{operation}: backend")
-    if not chosen and backend not in (None, "auto", "reference") and x.numel() > 0 and "plain PyTorch" not in reason:
-        raise ValueError(f"{operation}: backend {backend!r} cannot take x: {reason}")
+    name = backends._requested if backend is None else backend
+    if not chosen and name not in ("auto", "reference") and untraced() and x.numel() > 0:
+        raise ValueError(f"{operation}: backend {name!r} cannot take x: {reason}")
     return chosen
 
 

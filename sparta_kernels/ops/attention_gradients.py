@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sparta_kernels.ops.attention_kernels import AttentionWeights
 
-_ELEMENTS = 1 << 22  # of each hidden tensor that is there at a time
+_ELEMENTS = 1 << 22  # of each hidden tensor that is there at a time, or those of one sample
 
 
 def weight_gradients(
@@ -45,7 +45,7 @@ def weight_gradients(
 
     for part in _parts(x.shape[0], pixels * hidden):
         rows = x[part].flatten(2).transpose(1, 2).to(work)  # (n, P, C)
-        m1, m3, *m6 = _mask(bits[part], hidden).unbind(2)
+        m1, m3, *m6 = hidden_bits(bits[part], hidden).unbind(2)
         h3 = torch.relu(rows @ w3.t() + b3)
         ga_rows = ga[part].flatten(1)[..., None]
         g3 = ga_rows * w4
@@ -73,7 +73,7 @@ def _where(mask: Tensor, value: Tensor) -> Tensor:
     return torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
 
 
-def _mask(bits: Tensor, hidden: int) -> Tensor:
+def hidden_bits(bits: Tensor, hidden: int) -> Tensor:
     """(n, P, masks, Co): whether the bit is set."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[..., None] >> places) & 1).flatten(-2)[..., :hidden].bool()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sparta_kernels import backends
-from sparta_kernels.ops.library import fill, register
+from sparta_kernels.ops.library import fill, register, untraced
 
 
 class AttentionWeights(NamedTuple):
@@ -52,7 +52,7 @@ class Packed(NamedTuple):
 
 def pack(weights: AttentionWeights, dtype: torch.dtype, backend: str) -> Packed:
     """The weights for images of `dtype`."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # they may be used with gradients later
         tensors = backends.module(backend).pack_attention(weights, dtype)
     return Packed(backend, tensors, weights.hidden, weights.w7 is not None)
 
@@ -66,10 +66,8 @@ def fused_backend(x: Tensor, hidden: int, backend: str | None = None, argument: 
     chosen = backends.choose(x.device, backend, argument).backend
     if chosen == "reference":
         return "", "the reference was chosen"
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return "", "torch.compile and torch.func see plain PyTorch"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "", "forward-mode AD sees plain PyTorch"
+    if not untraced():
+        return "", "torch.compile, torch.func, torch.jit and forward-mode AD see plain PyTorch"
     if x.numel() == 0:
         return "", "x is empty"
     reasons = []

@@ -17,7 +17,7 @@ from sparta_kernels.backends.triton import attention
 from sparta_kernels.backends.triton.launch import INTERPRETED, Launch, ceil_div, power_above, run
 
 if TYPE_CHECKING:
-    from sparta_kernels.ops.attention import AttentionWeights
+    from sparta_kernels.ops.attention_kernels import AttentionWeights
 
 _MOST_HIDDEN = 256
 _MANY = 2**14  # pixels, of which tiles of 128 give every multiprocessor one
@@ -118,9 +118,17 @@ def _arch(device: torch.device) -> int:
 # ---- what they take ----------------------------------------------------------------------------------------
 
 
+def _tf32_is_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    try:
+        return matmul.allow_tf32
+    except RuntimeError:  # it was set by its newer name, and torch does not translate
+        return matmul.fp32_precision == "tf32"
+
+
 def attention_unfit(x: Tensor, hidden: int) -> str | None:
     """Why these kernels do not take x (N, C, H, W) with that many hidden channels; None where they do."""
-    if x.device.type == "cuda" and x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+    if x.device.type == "cuda" and x.dtype == torch.float32 and not _tf32_is_allowed():
         return "float32 products are the library's, unless torch.backends.cuda.matmul.allow_tf32 lets them be tf32"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"there are kernels for float32, bfloat16 and float16, not for {str(x.dtype).removeprefix('torch.')}"
@@ -288,9 +296,10 @@ def attention_forward(
     w2, b2, b7 = packed[5:8]
     w7 = _dynamic(packed)[3]
     channel = torch.addmm(b2, found.mean1, w2.t())
-    kernel = b7.expand(x.shape[0]).clone()
     if found.mean6 is not None and w7 is not None:
         kernel = torch.addmv(b7, found.mean6, w7)
+    else:
+        kernel = b7.expand(x.shape[0]).clone()
     return found.a, channel, kernel, found.mean1, found.mean6, found.bits
 
 

@@ -1,7 +1,8 @@
 """What is launched: a kernel with its arguments, and the table that says how large its tiles are.
 
 The table is a function of shape, dtype and memory layout, never of the device: how a sum is divided, and with it its
-last bit, is the same on every GPU. One of 132 multiprocessors was in mind. Nothing is tuned at run time.
+last bit, is the same on every GPU. One of 132 multiprocessors was in mind. Nothing is tuned at run time. (The attention
+network's tiles are in attention_plan.py, and do depend on the device: what does not spill differs.)
 """
 
 from __future__ import annotations
