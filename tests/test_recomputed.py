@@ -257,6 +257,21 @@ def test_one_value_a_channel_is_an_error_as_in_torch(taken):
     assert taken == [False, True]
 
 
+@pytest.mark.parametrize("layer", ["conv1", "bn3", "conv6", "bn6", "predict"])
+def test_a_forward_that_fails_counts_what_ran_before(layer, taken):
+    """As the plain composition does, one of whose layers has another dtype, or a BatchNorm too few channels."""
+    module = build(dtype=torch.float32)
+    broken = getattr(module, layer)
+    broken.weight = nn.Parameter(broken.weight.detach()[:-1] if layer.startswith("bn") else broken.weight.double())
+    other = copy.deepcopy(module)
+    x = features(*SHAPE, dtype=torch.float32)
+    for model, backend in ((module, "auto"), (other, "reference")):
+        with use_backend(backend), pytest.raises(RuntimeError):
+            model(x)
+    for (name, mine), its in zip(module.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(mine, its, msg=lambda m, name=name: f"{name}: {m}")
+
+
 # ---- where the plain composition is taken ------------------------------------------------------------------
 
 
@@ -345,6 +360,14 @@ def test_without_a_gradient_nothing_is_kept(taken):
 def test_the_reference_is_the_plain_composition(taken):
     with use_backend("reference"):
         build()(features(*SHAPE))
+    assert taken == [False]
+
+
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_the_meta_device(backend, taken):
+    with use_backend(backend):
+        y = build().to("meta")(features(*SHAPE).to("meta").requires_grad_())
+    assert y.device.type == "meta"
     assert taken == [False]
 
 

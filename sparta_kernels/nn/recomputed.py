@@ -129,6 +129,8 @@ def _backend(sparta: Sparta, x: Tensor) -> str | None:
         return None
     if sparta.kernel_size == 1 and sparta.conv2.kernel_size != (1, 1):  # the mean would not commute with it
         return None
+    if not all(_fit(layers[f"conv{i}"], layers[f"bn{i}"]) for i in (1, 3, 6) if f"bn{i}" in layers):
+        return None
     tensors = [x, *(tensor for tensor in _tensors(layers) if tensor is not None)]
     if not any(tensor.requires_grad for tensor in tensors):
         return None
@@ -161,6 +163,12 @@ def _is_plain(layer: nn.Module) -> bool:
             2 * padding == dilation * (size - 1) for size, padding, dilation in geometry
         )  # the image's size stays
     return type(layer) is nn.Linear
+
+
+def _fit(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
+    """Whether the BatchNorm has as many channels: the operation below the one that a BatchNorm calls does not look."""
+    values = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return all(value is None or value.shape == conv.weight.shape[:1] for value in values)
 
 
 def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
