@@ -28,7 +28,9 @@ CANDIDATES = {
 # The largest distance from the reference, of the reference's norm, beside twice that of eager PyTorch in the dtype:
 # sums in another order differ, and a ReLU near 0 may then pass a gradient or not.
 _TOLERANCES = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 3e-3, "fp64": 1e-10}
-_CHECKED = 16  # samples of a batch, evenly spread: in eval mode none depends on another
+_MOST_OF_EAGER = 4  # times the above: the largest distance of eager itself, and what it may add to others' at most
+_CHECKED = 16  # samples of a batch, evenly spread: in eval mode none depends on another. All are compared with eager's
+_EACH = 0.2  # the largest distance of a sample from eager's: far above rounding, far below another sample's values
 
 
 def make_sparta(channels: int, device: str) -> Sparta:
@@ -136,7 +138,9 @@ class _Copy(Copy):
 
 
 def check(name: str, candidate: Any, inputs: Inputs) -> None:
-    """Compare y and x's gradient on the first set of inputs with the reference in float64; note the memory of a call.
+    """Compare y and x's gradient on the first set of inputs with the reference; note the memory of a call.
+
+    A few samples with the reference in float64, and all of them with eager PyTorch in the dtype.
 
     Raises:
         WrongResult: it says which result is wrong and by how much.
@@ -149,18 +153,28 @@ def check(name: str, candidate: Any, inputs: Inputs) -> None:
     (x,), gy = first.leaves[0], first.grads[0]
     picked = torch.linspace(0, len(gy) - 1, min(len(gy), _CHECKED)).long().to(gy.device)
     right = _right(name, x.detach()[picked].double(), gy[picked].double())
-    rounded = [value[picked] for value in Whole(_eager).both(first)(0)] if name != "relu" else right
-    for what, value, wanted, near in zip(("y", "gradient"), found, right, rounded, strict=True):
+    eager = found if name in ("relu", "eager") else Whole(_eager).both(first)(0)  # nobody else computes these two
+    for what, value, wanted, near in zip(("y", "gradient"), found, right, eager, strict=True):
         as_it_likes = name == "compile"  # torch.compile may choose another layout
         if value.dtype != x.dtype or value.shape != x.shape or not (as_it_likes or value.stride() == x.stride()):
             raise WrongResult(f"{inputs.case}: {name} gives a {what} of another dtype, shape or layout than x")
-        allowed = _TOLERANCES[inputs.case.dtype] + 2 * _distance(near, wanted)
-        error = _distance(value[picked], wanted)
-        if not error <= allowed:  # NaN is wrong too
-            raise WrongResult(
-                f"{inputs.case}: {name} computes a wrong {what}: its distance from the reference's is {error:.2g} of "
-                f"that one's norm, allowed {allowed:.2g}"
-            )
+        wrong = f"{inputs.case}: {name} computes a wrong {what}"
+        tolerance = _TOLERANCES[inputs.case.dtype]
+        most, rounding = _MOST_OF_EAGER * tolerance, _distance(near[picked], wanted)
+        if not rounding <= most:  # NaN is wrong too
+            blamed = wrong if near is value else f"{inputs.case}: {name} cannot be checked, eager's {what} is wrong"
+            raise WrongResult(f"{blamed}: {_far(rounding, most, 'the reference')}")
+        if near is value:
+            continue
+        error, allowed = _distance(value[picked], wanted), tolerance + 2 * rounding
+        if not error <= allowed:
+            raise WrongResult(f"{wrong}: {_far(error, allowed, 'the reference')}")
+        error, allowed = _distance(value, near), allowed + rounding
+        if not error <= allowed:
+            raise WrongResult(f"{wrong}: {_far(error, allowed, 'eager')}")
+        bad = _bad_samples(value, near)
+        if bad:
+            raise WrongResult(f"{wrong}: over {_EACH:g} of the norm from eager's in samples {bad[:5]}")
     candidate.notes["memory"] = peak_of_tensors(lambda: call(0), gy.device.type)
 
 
@@ -173,7 +187,25 @@ def _right(name: str, x: Tensor, gy: Tensor) -> Sequence[Tensor]:
 
 
 def _distance(value: Tensor, right: Tensor) -> float:
-    return float((value.double() - right).norm() / right.norm())
+    """The norm of their difference, of the right one's norm."""
+    difference, norm = _norms(value, right)
+    return float(difference.norm() / norm.norm())
+
+
+def _bad_samples(value: Tensor, right: Tensor) -> list[int]:
+    difference, norm = _norms(value, right)
+    return [int(index) for index in (~(difference <= _EACH * norm)).nonzero()]
+
+
+def _norms(value: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the difference and of the right one, for each sample; a few at a time, as they are made float64."""
+    parts = list(zip(value.split(_CHECKED), right.split(_CHECKED), strict=True))
+    differences = [(one.double() - other.double()).flatten(1).norm(dim=1) for one, other in parts]
+    return torch.cat(differences), torch.cat([other.double().flatten(1).norm(dim=1) for _, other in parts])
+
+
+def _far(error: float, allowed: float, other: str) -> str:
+    return f"its distance from {other}'s is {error:.2g} of that one's norm, allowed {allowed:.2g}"
 
 
 class Operation:

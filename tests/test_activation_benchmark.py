@@ -120,6 +120,55 @@ def test_what_is_wrong_is_not_timed(run, modules, tmp_path, monkeypatch, capsys,
     assert f"ours computes a wrong {what}" in capsys.readouterr().err
 
 
+def test_a_wrong_eager_is_caught_and_excuses_nobody(run, modules, tmp_path, monkeypatch):
+    path, right = tmp_path / "activation.json", modules["activation_candidates"]._eager
+
+    def wrong(case, device):
+        function = right(case, device)
+        return lambda x: 2 * function(x)
+
+    monkeypatch.setattr(modules["activation_candidates"], "_eager", wrong)
+    assert run(path, "--dtype", "bf16", "--layout", "nchw") == 1
+    document = json.loads(path.read_text())
+    assert list(document["results"][0]["candidates"]) == ["copy", "relu", "products"]
+    eager, ours = document["failed"]
+    assert "eager computes a wrong y" in eager
+    assert "ours cannot be checked, eager's y is wrong" in ours
+
+
+@pytest.mark.parametrize("what", ["y", "gradient"])
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_sample_is_checked(modules, monkeypatch, what, value, dtype):
+    """Also one that is not among those compared in float64."""
+    candidates, case = modules["activation_candidates"], modules["gates"].Case((64, 8, 4, 4), dtype, "nchw")
+    inputs, sample = candidates.make_inputs(case, 1), 1
+    assert sample not in torch.linspace(0, 63, 16).long()
+    ours = candidates.make_candidate("ours")
+    candidates.check("ours", ours, inputs)
+    both = ours.both
+
+    def wrong(inputs):
+        def call(index):
+            found = [result.clone() for result in both(inputs)(index)]
+            found[what == "gradient"][sample] = value
+            return found
+
+        return call
+
+    monkeypatch.setattr(ours, "both", wrong)
+    with pytest.raises(modules["gates"].WrongResult, match=f"ours computes a wrong {what}"):
+        candidates.check("ours", ours, inputs)
+
+
+def test_one_sample_of_a_large_batch_is_not_lost_in_the_norm(modules):
+    right = torch.ones(4096, 2)
+    value = right.clone()
+    value[7] = 0
+    assert modules["activation_candidates"]._distance(value, right) < 0.02
+    assert modules["activation_candidates"]._bad_samples(value, right) == [7]
+
+
 def test_an_interruption_keeps_what_there_is(run, modules, tmp_path, monkeypatch, capsys):
     path, check = tmp_path / "activation.json", modules["activation_candidates"].check
 
