@@ -69,6 +69,7 @@ ORDERS, MEMORY = "tests/test_emulated_cuda.py", "tests/test_memory.py"
 CUDA, TRITON = "csrc/cuda", "sparta_kernels/backends/triton"
 ATTENTION, CALLS = "tests/test_attention.py", "tests/test_attention_calls.py"
 WHOLE, FROZEN = "tests/test_whole_sparta.py", "tests/test_frozen_sparta.py"
+TWO = "tests/test_gate_of_sum.py"
 FINITE = f"{ATTENTION}::test_what_is_not_finite_stays_in_its_pixel_and_its_image"
 SUMS = f"{CALLS}::test_of_a_sum_written_over_x"
 EMULATED, INTERPRETED = "emulated", "triton"  # `only` the tests on the CUDA kernels, and on Triton's
@@ -176,8 +177,8 @@ FAULTS = [
             (ATTENTION, "ops/attention_gradients.py", "g6", "g3 += g6 @ w6", "pass"),
             (ATTENTION, "ops/attention_gradients.py", "w6", '"npi,npj->ij", g6, h3', '"npj,npi->ij", g6, h3'),
             (CALLS, "ops/attention_gradients.py", "few", "in range(0, samples, step)", "in range(0, step, step)"),
-            (CALLS, "ops/attention.py", "asked", "need and _will_run(node)", "need"),
-            (CALLS, "ops/attention.py", "behind", "ctx.next_functions[1:]", "ctx.next_functions"),
+            (CALLS, "ops/library.py", "asked", "need and _will_run(node)", "need"),
+            (CALLS, "ops/library.py", "behind", "iter(ctx.next_functions)", "iter(ctx.next_functions[1:] * 2)"),
             (SUMS, "ops/attention.py", "skip", "gx if needs_skip else None", "None"),
             (CALLS, "ops/attention_kernels.py", "version", "increment_version(x)  # so", "pass  # so"),
             (CALLS, "ops/attention.py", "twice", "backward_of_sum(gy, gy2,", "backward_of_sum(gy, gy,"),
@@ -189,6 +190,7 @@ FAULTS = [
             (FROZEN, "nn/frozen_sparta.py", "stale", "        self._whole = self._folded()\n", ""),
         )
     ),
+    Fault("gate-of-sum", KERNELS, "if (two) gradient += load_partial(gy2_row, count);", "", TWO),
     Fault("relu-order", LAYOUT, "if tensor.stride() == stride:", "if tensor.numel() > 0:", RELU),
     Fault("relu-overlap", f"{OPS}/relu.py", "if ahead != 0 and", "if False and", RELU),
     # An evaluation's outcomes: padding, what a resume takes over and refuses, fp32 predictions, the parity check.
