@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _MOST_LINES = 60  # of details for a step: the whole must fit on a screen or two
@@ -65,12 +65,18 @@ def _ops(figures: Mapping[str, Any]) -> Iterator[str]:
     )
     yield f"{figures['cells']} cells measured, {figures['not_measured']} cases not{told}"
     yield from figures.get("failures", ())
-    for bar in figures["bars"]:
-        if bar["passed"] is not None:
-            verdict = "pass" if bar["passed"] else "FAIL"
-            yield f"{verdict} {bar['name']}: {bar['value']:.3f} {bar['relation']} {bar['limit']:g}"
+    yield from _bars(figures["bars"], 3)
     for name, shares in sorted(figures["shares"].items()):
         yield f"{name}: " + ", ".join(f"{backend} {share:.0%}" for backend, share in shares.items()) + " of copy"
+
+
+def _bars(bars: Sequence[Mapping[str, Any]], digits: int) -> Iterator[str]:
+    """The bars of which something was measured; the word "part" where that is too little to judge."""
+    for bar in bars:
+        if bar["value"] is not None:
+            verdict = {True: "pass", False: "FAIL", None: "part"}[bar["passed"]]
+            cells = f"{bar['cells']} of {bar['wanted']} cells" if "wanted" in bar else f"{bar['cells']} cells"
+            yield f"{verdict} {bar['name']}: {bar['value']:.{digits}f} {bar['relation']} {bar['limit']:g}, {cells}"
 
 
 def _attack(figures: Mapping[str, Any]) -> Iterator[str]:
@@ -89,10 +95,9 @@ def _activation(figures: Mapping[str, Any]) -> Iterator[str]:
     yield from figures.get("failures", ())
     for name, times in figures.get("cells", {}).items():
         yield f"{name}: " + ", ".join(f"{candidate} {milliseconds:.3f}" for candidate, milliseconds in times.items())
-    for bar in figures.get("bars", ()):
-        if bar["passed"] is not None:
-            verdict = "pass" if bar["passed"] else "FAIL"
-            yield f"{verdict} {bar['name']}: {bar['value']:.2f} {bar['relation']} {bar['limit']:g}"
+    yield from _bars(figures.get("bars", ()), 2)
+    if figures.get("not_measured"):
+        yield f"{figures['not_measured']} cases not measured"
 
 
 def _choices(figures: Mapping[str, Any]) -> Iterator[str]:

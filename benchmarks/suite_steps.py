@@ -260,9 +260,7 @@ def ops(job: Job) -> None:
     job.figures |= {
         "cells": len(document["results"]),
         "ceilings": document.get("ceilings"),
-        "bars": [
-            {key: bar[key] for key in ("name", "value", "relation", "limit", "passed")} for bar in document["bars"]
-        ],
+        "bars": document["bars"],
         "shares": _shares(document["results"]),
         "not_measured": len(document["not_measured"]),
     }
@@ -306,9 +304,7 @@ def activation(job: Job) -> None:
             }
             for cell in document["results"]
         },
-        "bars": [
-            {key: bar[key] for key in ("name", "value", "relation", "limit", "passed")} for bar in document["bars"]
-        ],
+        "bars": document["bars"],
         "not_measured": len(document["not_measured"]),
     }
     _finish(job, document)

@@ -71,8 +71,10 @@ def test_all_are_timed(measured):
     assert {bar["passed"] for bar in measured["bars"]} == {None}  # torch.compile was not asked for
 
 
-def test_the_compiled_reference_is_measured_and_judged(run, tmp_path, capsys):
+def test_the_compiled_reference_is_measured_and_judged(run, modules, tmp_path, monkeypatch, capsys):
     path = tmp_path / "activation.json"
+    monkeypatch.setattr(modules["gates"], "SHAPES", ((8, 4, 4),))
+    monkeypatch.setitem(modules["activation"]._BATCHES, "cpu", [3])
     candidates = ("--candidates", "compile", "ours", "--dtype", "fp32", "--layout", "nchw")
     assert run(path, *candidates) == 0, capsys.readouterr().err
     document = json.loads(path.read_text())
@@ -82,7 +84,37 @@ def test_the_compiled_reference_is_measured_and_judged(run, tmp_path, capsys):
     assert bar["name"] == "compile / ours, fp32, nchw, geometric mean"
     assert bar["value"] == pytest.approx(times["compile"] / times["ours"])
     assert bar["passed"] == (bar["value"] >= 1.3)
+    assert bar["cells"] == bar["wanted"] == 1
     assert "compile / ours, fp32, nchw" in capsys.readouterr().out
+
+
+def judged(modules, shapes, settings, device="cpu"):
+    """The bars of fp32 (on a GPU bf16), NCHW, where torch.compile is twice as slow at these shapes."""
+    times = {"ours": {"median_ms": 1.0}, "compile": {"median_ms": 2.0}}
+    cell = {"dtype": "fp32" if device == "cpu" else "bf16", "layout": "nchw", "candidates": times}
+    results = [{**cell, "shape": list(shape)} for shape in shapes]
+    document = {"results": results, "settings": {"shape": None, **settings}, "device": {"type": device}}
+    bar, *others = modules["activation"].judge(document)
+    assert all((other["passed"], other["cells"]) == (None, 0) for other in others)
+    return bar["value"], bar["passed"], bar["cells"], bar["wanted"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bars_are_judged_where_all_sites_were_measured(modules, device):
+    sites = [(batch, *image) for batch in (128, 512) for image in modules["gates"].SHAPES]
+    asked = {"batch": [128, 512]}
+    assert judged(modules, sites, asked, device) == (pytest.approx(2.0), True, 8, 8)
+    assert judged(modules, sites[:-1], asked, device) == (pytest.approx(2.0), None, 7, 8)
+    assert judged(modules, sites[:4], {"batch": [128]}, device) == (pytest.approx(2.0), True, 4, 4)
+    assert judged(modules, [], asked, device) == (None, None, 0, 8)
+
+
+def test_bars_are_not_about_other_shapes(modules):
+    odd, small = (128, 64, 33, 33), (2, 64, 32, 32)
+    asked = {"batch": [32, 128], "shape": [odd, small]}  # with shapes, the batches are none that was asked for
+    assert judged(modules, [odd, small], asked) == (None, None, 0, 4)
+    site = (128, 64, 32, 32)
+    assert judged(modules, [odd, site], {**asked, "shape": [odd, site]}) == (pytest.approx(2.0), None, 1, 4)
 
 
 def test_ours_is_what_attack_prepare_makes(modules):

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 @pytest.fixture(scope="module")
 def modules():
     sys.path.insert(0, str(FOLDER))
-    yield {name: importlib.import_module(name) for name in ("origin", "suite_runner", "suite_steps")}
+    yield {name: importlib.import_module(name) for name in ("origin", "suite_report", "suite_runner", "suite_steps")}
     sys.path.remove(str(FOLDER))
 
 
@@ -194,6 +194,37 @@ def test_what_a_benchmark_measured_before_it_was_stopped_is_kept(modules, job, t
     assert job.figures["shares"] == {"forward 512x64x32x32 bf16 nchw": {"native": 0.95, "triton": 0.9}}
     assert "--device cuda" in job.commands[0]
     assert "--budget" in job.commands[0]
+
+
+def test_bars_say_how_many_cells_they_are_about(modules, job, tmp_path, monkeypatch):
+    steps, report = modules["suite_steps"], modules["suite_report"]
+    bar = {"name": "compile / ours", "value": 2.5, "relation": ">=", "limit": 2.0, "cells": 4, "wanted": 4}
+    times = {"ours": {"median_ms": 1.0}, "compile": {"median_ms": 2.5}}
+    document = {
+        "results": [{"shape": [512, 64, 32, 32], "dtype": "bf16", "layout": "nchw", "candidates": times}],
+        "bars": [
+            {**bar, "passed": True},
+            {**bar, "passed": None, "cells": 1},
+            {**bar, "passed": None, "cells": 0, "value": None},
+        ],
+        "failed": [],
+        "not_measured": ["a", "b"],
+    }
+    monkeypatch.setattr(steps, "BENCHMARKS", tmp_path)
+    (tmp_path / "activation.py").write_text(
+        "import pathlib, sys\n"
+        f"pathlib.Path(sys.argv[sys.argv.index('--json') + 1]).write_text({json.dumps(document)!r})\n"
+    )
+    steps.activation(job)
+    lines = list(report._activation(job.figures))
+    assert lines[1:] == [
+        "pass compile / ours: 2.50 >= 2, 4 of 4 cells",
+        "part compile / ours: 2.50 >= 2, 1 of 4 cells",
+        "2 cases not measured",
+    ]
+    figures = {**job.figures, "cells": 3, "ceilings": None, "shares": {}, "bars": [{**bar, "passed": False}]}
+    del figures["bars"][0]["wanted"]
+    assert "FAIL compile / ours: 2.500 >= 2, 4 cells" in list(report._ops(figures))
 
 
 def test_choices_need_measurements(modules, job):
