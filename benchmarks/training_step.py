@@ -2,13 +2,14 @@
 
     python benchmarks/training_step.py --batch 32 128 --json training_step.json
 
-A step is forward, backward and SGD with momentum, on images of 3x32x32, in float32. Prints a table and writes one JSON
-file, after every round.
+A step is forward, backward and SGD with momentum, on images of 3x32x32, in float32 or under autocast to bfloat16.
+Prints a table and writes one JSON file, after every round.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import time
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _read(arguments)
     on_gpu = options.device == "cuda"
+    if on_gpu:
+        torch.backends.cudnn.allow_tf32 = False  # everybody computes in the dtype that is asked for
+    torch.set_num_threads(options.threads)
     document: dict[str, Any] = {
         **timing.provenance("benchmarks/training_step.py", arguments, device_timing.describe() if on_gpu else None),
         "settings": {name: value for name, value in vars(options).items() if name != "json"},
@@ -57,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "memory": _MEMORY,
         "complete": False,
         "results": [],
+        "failed": [],
         "bars": [],
     }
     status = 0
@@ -64,8 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with keep_freed_memory() as kept:
             document["freed_memory_kept"] = kept.reason or True
             for batch in options.batch:
-                _measure(options, batch, document)
-        document["complete"] = True
+                try:
+                    _measure(options, batch, document)
+                except (RuntimeError, MemoryError) as error:
+                    document["failed"].append(f"batch {batch}: {_short_of_memory(error)}")
+        document["complete"] = not document["failed"]
+        _save(options.json, document)
+    except torch.AcceleratorError as error:
+        document["failed"].append(f"{str(error).splitlines()[0]}; nothing on the GPU works any more")
         _save(options.json, document)
     except KeyboardInterrupt:
         print("training_step.py: interrupted", file=sys.stderr)
@@ -74,7 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"training_step.py: {error}", file=sys.stderr)
         status = FAILED
     _print(document)
-    return status
+    for failure in document["failed"]:
+        print(f"training_step.py: {failure}", file=sys.stderr)
+    return status or (FAILED if document["failed"] else 0)
+
+
+def _short_of_memory(error: Exception) -> str:
+    """What to say of it. Any other error is raised again."""
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return text
+    raise error
 
 
 def _read(arguments: Sequence[str]) -> argparse.Namespace:
@@ -82,6 +103,7 @@ def _read(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--batch", type=count, nargs="+", default=[32, 128], metavar="N", help="images (default: 32 and 128)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: by autocast (default: %(default)s)")
     add("--width", type=count, default=64, metavar="N", help="channels of the first group (default: 64)")
     add("--rounds", type=count, default=7, metavar="N", help="steps of each (default: 7)")
     add("--channels-last", action="store_true", help="images and weights in this layout")
@@ -90,12 +112,14 @@ def _read(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: there is no NVIDIA GPU here that torch can use")
+    cpus = os.cpu_count() or 1
+    if options.threads > cpus:
+        parser.error(f"argument --threads: must be at most {cpus} (CPUs here), got {options.threads}")
     if options.json is not None:
         try:
             check_writable(options.json)
         except OSError as error:
             parser.error(f"argument --json: {error}")
-    torch.set_num_threads(options.threads)
     return options
 
 
@@ -105,7 +129,7 @@ class _Training:
     def __init__(self, options: argparse.Namespace, batch: int, candidate: str) -> None:
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         torch.manual_seed(0)
-        self.plain = candidate == "sparta-plain"
+        self.plain, self.bf16 = candidate == "sparta-plain", options.dtype == "bf16"
         model = resnet18(activation="relu" if candidate == "relu" else "sparta", width=options.width)
         self.model = model.train().to(options.device, memory_format=layout)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
@@ -115,7 +139,8 @@ class _Training:
     def step(self) -> None:
         """With the gradients of the last one given up."""
         with _keeping_all() if self.plain else nullcontext():
-            loss = F.cross_entropy(self.model(self.images), self.labels)
+            with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.bf16):
+                loss = F.cross_entropy(self.model(self.images), self.labels)
             loss.backward()
             self.optimizer.step()
 
@@ -148,16 +173,14 @@ def _measure(options: argparse.Namespace, batch: int, document: dict[str, Any]) 
     trainings: dict[str, _Training] = {}
     for name in CANDIDATES:
         _tell(f"batch {batch}: {name} warms up")
-        training = trainings[name] = _Training(options, batch, name)
-        for _ in range(2):
-            training.prepare()
-            training.step()
-        training.prepare()
-        held = training.held()
-        peak = held + peak_of_tensors(training.step, options.device)
-        result["entries"].append({"candidate": name, "held": held, "peak_tensors": peak, "step_ms": []})
+        try:
+            trainings[name], row = _warm_up(options, batch, name)
+        except (RuntimeError, MemoryError) as error:  # the others may need less
+            document["failed"].append(f"batch {batch}: {name}: {_short_of_memory(error)}")
+        else:
+            result["entries"].append(row)
         _save(options.json, document)
-    order, names = random.Random(0), list(CANDIDATES)
+    order, names = random.Random(0), list(trainings)
     for turn in range(options.rounds):
         _tell(f"batch {batch}: round {turn + 1} of {options.rounds}")
         order.shuffle(names)
@@ -168,6 +191,18 @@ def _measure(options: argparse.Namespace, batch: int, document: dict[str, Any]) 
             row = next(row for row in result["entries"] if row["candidate"] == name)
             row["step_ms"].append(1e3 * (_now(options.device) - start))
         _save(options.json, document)
+
+
+def _warm_up(options: argparse.Namespace, batch: int, candidate: str) -> tuple[_Training, dict[str, Any]]:
+    """Steps until all is there that stays, and one more whose memory is told."""
+    training = _Training(options, batch, candidate)
+    for _ in range(2):
+        training.prepare()
+        training.step()
+    training.prepare()
+    held = training.held()
+    peak = held + peak_of_tensors(training.step, options.device)
+    return training, {"candidate": candidate, "held": held, "peak_tensors": peak, "step_ms": []}
 
 
 def _now(device: str) -> float:
@@ -191,7 +226,7 @@ def _save(path: str | None, document: dict[str, Any]) -> None:
                 row["ratio_to_relu"] = row["median_ms"] / rows["relu"]["median_ms"]
         if {"relu", "sparta"} <= rows.keys():
             value = rows["sparta"]["peak_tensors"] / rows["relu"]["peak_tensors"]
-            name = f"memory of a training step, SPARTA / ReLU, batch {result['batch']}"
+            name = f"memory of a training step, SPARTA / ReLU, {document['settings']['dtype']}, batch {result['batch']}"
             passed = value <= MEMORY_OVER_RELU
             bar = {"name": name, "value": value, "relation": "<=", "limit": MEMORY_OVER_RELU, "passed": passed}
             document["bars"].append(bar)
@@ -201,7 +236,8 @@ def _save(path: str | None, document: dict[str, Any]) -> None:
 
 def _print(document: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    made = Table(title=f"A training step of ResNet-18, {document['device']['name']}", title_justify="left")
+    title = f"A training step of ResNet-18, {document['settings']['dtype']}, {document['device']['name']}"
+    made = Table(title=title, title_justify="left")
     for heading in ("batch", "", "ms", "p20", "p80", "/ relu", "peak memory", "/ relu"):
         made.add_column(heading, justify="right", no_wrap=True)
     for result in document["results"]:

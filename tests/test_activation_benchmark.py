@@ -299,10 +299,13 @@ def test_on_a_gpu(run, tmp_path, capsys):
 # ---- a training step ---------------------------------------------------------------------------------------
 
 
-def test_a_training_step(modules, tmp_path, capsys):
+SMALL = ("--batch", "2", "--width", "4", "--rounds", "2", "--threads", "1", "--json")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_training_step(modules, tmp_path, capsys, dtype):
     path = tmp_path / "training.json"
-    arguments = ("--batch", "2", "--width", "4", "--rounds", "2", "--threads", "1", "--json", str(path))
-    assert modules["training_step"].main(arguments) == 0
+    assert modules["training_step"].main([*SMALL, str(path), "--dtype", dtype]) == 0
     document = json.loads(path.read_text())
     assert document["complete"] is True
     rows = {row["candidate"]: row for row in document["results"][0]["entries"]}
@@ -313,4 +316,63 @@ def test_a_training_step(modules, tmp_path, capsys):
     assert rows["sparta"]["peak_tensors"] < rows["sparta-plain"]["peak_tensors"]
     (bar,) = document["bars"]
     assert bar["value"] == pytest.approx(rows["sparta"]["peak_tensors"] / rows["relu"]["peak_tensors"])
-    assert "memory of a training step, SPARTA / ReLU" in capsys.readouterr().out
+    assert document["failed"] == []
+    assert f"memory of a training step, SPARTA / ReLU, {dtype}, batch 2" in capsys.readouterr().out
+
+
+def test_autocast_is_what_bf16_means(modules, monkeypatch):
+    step = modules["training_step"]
+    for dtype, expected in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
+        training = step._Training(step._read(["--batch", "2", "--width", "4", "--dtype", dtype]), 2, "relu")
+        found = []
+        training.model.conv1.register_forward_hook(lambda *arguments, found=found: found.append(arguments[2].dtype))
+        training.step()
+        assert found == [expected]
+        assert {parameter.grad.dtype for parameter in training.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("short"), MemoryError("short"), "can't allocate memory: 9"])
+def test_a_training_step_without_memory(modules, tmp_path, monkeypatch, capsys, error):
+    """The candidate is named and left out, in the rounds all of the batch is."""
+    path, step = tmp_path / "training.json", modules["training_step"]
+    error = RuntimeError(f"[enforce fail] {error}") if isinstance(error, str) else error
+    right, steps = step._Training.step, []
+
+    def short(self):
+        steps.append(self)
+        if self.plain or len(steps) == last:
+            raise error
+        right(self)
+
+    monkeypatch.setattr(step._Training, "step", short)
+    last = None
+    assert step.main([*SMALL, str(path)]) == 1
+    document = json.loads(path.read_text())
+    assert document["complete"] is False
+    (failure,) = document["failed"]
+    assert failure.startswith("batch 2: sparta-plain: ")
+    assert [row["candidate"] for row in document["results"][0]["entries"]] == ["relu", "sparta"]
+    assert len(document["bars"]) == 1
+    assert failure in capsys.readouterr().err
+    steps.clear()
+    last = 8  # the first of a round, after three steps of two candidates and one of the third
+    assert step.main([*SMALL, str(path)]) == 1
+    document = json.loads(path.read_text())
+    assert document["failed"][1].startswith("batch 2: ")
+    assert len(document["failed"]) == 2
+
+
+def test_other_errors_of_a_training_step_are_raised(modules, tmp_path, monkeypatch):
+    def broken(self):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(modules["training_step"]._Training, "step", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        modules["training_step"].main([*SMALL, str(tmp_path / "training.json")])
+
+
+def test_too_many_threads_for_a_training_step(modules, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        modules["training_step"].main(["--threads", "100000"])
+    assert stopped.value.code == 2
+    assert "argument --threads: must be at most" in capsys.readouterr().err
