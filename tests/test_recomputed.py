@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from cases import one_thread
 from test_nn import CONFIGURATIONS, build, features
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparta_kernels import use_backend
 from sparta_kernels.nn import recomputed, resnet18, sparta
@@ -171,6 +172,102 @@ def test_gradients_that_nobody_wants(wanted):
         assert (tensor.grad is not None) == tensor.requires_grad, name
         if tensor.requires_grad:
             torch.testing.assert_close(tensor.grad, want[name])
+
+
+class Counted(TorchDispatchMode):
+    """Which operations of a backward pass ran, and the masks of those that have one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[list[bool]] = []
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.names.append(name)
+        if name == "convolution_backward":
+            self.masks.append(list(args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+def counted(module: nn.Module, wanted: list[str]) -> tuple[Counted, dict[str, Tensor]]:
+    """autograd.grad for some of the inputs only, everything being trainable, and all gradients beside it."""
+    x = features(*SHAPE).requires_grad_()
+    leaves = {"x": x, **dict(module.named_parameters())}
+    loss = module(1 * x).square().sum()
+    want = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
+    with Counted() as mode:
+        got = torch.autograd.grad(loss, [leaves[name] for name in wanted])
+    all_of_them = dict(zip(leaves, want, strict=True))
+    for name, value in zip(wanted, got, strict=True):
+        torch.testing.assert_close(value, all_of_them[name], rtol=1e-10, atol=1e-12)
+    return mode, all_of_them
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("arguments", [{}, {"dynamic": False}, {"kernel_size": 3}], ids=str)
+def test_for_the_images_alone_no_gradient_of_a_weight_is_computed(arguments, kept, taken, monkeypatch):
+    if kept:
+        monkeypatch.setattr(recomputed, "_FEW_PIXELS", 35)
+    module = build(**arguments)
+    mode, _ = counted(module, ["x"])
+    assert taken == [True]
+    sites = 2 + module.dynamic  # the BatchNorms; conv2 and, where it is not an outer product, conv4
+    outer = module.kernel_size == 1
+    ours = [True, False, False]
+    if outer:
+        assert mode.masks == [ours] * (sites + 1)
+    else:  # and conv4; Conv5 is the gate's matter
+        assert mode.masks.count(ours) >= sites + 2
+        assert not any(mask[2] for mask in mode.masks)
+    assert mode.names.count("native_batch_norm_backward") == sites
+    if kept:  # h3 is not made again: nobody reads it
+        assert "convolution" not in mode.names or not outer
+        assert "relu_" not in mode.names
+
+
+@pytest.mark.parametrize(
+    ("name", "masks", "norms", "again"),
+    [
+        ("predict.bias", [], 0, 0),
+        ("predict.weight", [], 0, 0),
+        ("conv2.bias", [[False, False, True]], 0, 0),
+        ("conv2.weight", [[False, True, False]], 0, 0),
+        ("conv4.weight", [[False, True, False]], 0, 1),
+        ("bn1.weight", [[True, False, False]], 1, 1),
+        ("bn6.bias", [], 1, 2),
+        ("conv6.weight", [[False, True, False]], 1, 2),
+        ("conv3.bias", [[True, False, False]], 2, 2),
+    ],
+)
+def test_for_one_weight_no_more_is_computed_than_it_takes(name, masks, norms, again, taken):
+    mode, _ = counted(build(), [name])
+    assert taken == [True]
+    assert mode.masks == masks
+    assert mode.names.count("native_batch_norm_backward") == norms
+    assert mode.names.count("convolution") == again
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dynamic": False}, {"kernel_size": 3}], ids=str)
+def test_every_gradient_can_be_asked_for_alone(arguments):
+    module = build(**arguments)
+    for name, _ in module.named_parameters():
+        counted(module, [name])
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "predict.bias"])
+def test_one_trainable_weight_can_be_differentiated_twice(name):
+    module = build()
+    for key, parameter in module.named_parameters():
+        parameter.requires_grad_(key == name)
+    found = []
+    for backend in ("auto", "reference"):
+        leaf = module.get_parameter(name)
+        with use_backend(backend):
+            y = module(features(*SHAPE)).square().sum()
+        (first,) = torch.autograd.grad(y, leaf, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("output", [0, 1, 2])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .. import backends
-from ..ops.library import untraced
+from ..ops.library import asked, untraced
 from .frozen import has_hooks
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class _Attention(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         x, *rest = ctx.saved_tensors
         tensors, (mean1, mean6, *kept) = rest[: ctx.count], rest[ctx.count :]
-        needs = ctx.needs_input_grad[2:]
+        needs = asked(ctx, 2, (x, *tensors))
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():
                 return None, None, *_differentiable(ctx.options, needs, (x, *tensors), grads)
@@ -274,44 +274,78 @@ class _Backward:
         return self.gx, *(self.found.get(name) for name in self.w._fields[: len(self.branches) * 6])
 
     def _channel(self, grad: Tensor, mean1: Tensor | None) -> None:
-        z1 = self._convolved(1, self.x)
+        before = self._wanted("x", "w1", "b1", "gamma1", "beta1")
         pixels = self.x.shape[2] * self.x.shape[3]
         if mean1 is not None:
-            found = self._convolution(2, grad[:, :, None, None], mean1)
+            found = self._convolution(2, grad[:, :, None, None], mean1, before)
+            if found is None:
+                return
+            z1 = self._convolved(1, self.x)
             gh1 = (found / pixels).expand(z1.shape)
+            del found
         else:
+            z1 = self._convolved(1, self.x)
             each = (grad / pixels)[:, :, None, None].expand(*grad.shape, *self.x.shape[2:])
-            gh1 = self._convolution(2, each, self._hidden(1, z1))
-        gz1 = self._normalised(1, gh1, z1)
+            found = self._convolution(2, each, self._hidden(1, z1) if self._wanted("w2") else z1, before)
+            if found is None:
+                return
+            gh1 = found
+            del found
+        gz1 = self._normalised(1, gh1, z1, self._wanted("x", "w1"))
         del z1, gh1
-        self._add(self._convolution(1, gz1, self.x, self.needs["x"]))
+        self._before(1, gz1)
 
     def _spatial_and_kernel(self, gspatial: Tensor | None, gkernel: Tensor | None, mean6: Tensor | None) -> None:
-        z3 = self._convolved(3, self.x)
-        h3 = self._hidden(3, z3)
-        gh3: Tensor | None = None
+        before3 = self._wanted("x", "w3", "b3", "gamma3", "beta3")
+        before6 = before3 or self._wanted("w6", "b6", "gamma6", "beta6")
         if gkernel is not None:
             assert mean6 is not None
+            if self._wanted("w7"):
+                self.found["w7"] = gkernel.t() @ mean6
+            if self._wanted("b7"):
+                self.found["b7"] = gkernel.sum(0)
+        if not before6:
+            gkernel = None
+        if gkernel is None and (gspatial is None or not (before3 or self._wanted("w4", "b4"))):
+            return
+
+        z3 = self._convolved(3, self.x)
+        # A convolution whose weight's gradient is not asked for does not read its input: one of the same shape will do.
+        reads = gspatial is not None and self._wanted("w4")
+        reads |= gkernel is not None and (self._wanted("w6") or self.branches[6].output is None)
+        h3 = self._hidden(3, z3) if reads else z3
+        gh3: Tensor | None = None
+        if gkernel is not None:
             assert self.w.w7 is not None
-            self.found |= {"w7": gkernel.t() @ mean6, "b7": None if self.w.b7 is None else gkernel.sum(0)}
             z6 = self._convolved(6, h3)
             gh6 = (gkernel @ self.w.w7 / (h3.shape[2] * h3.shape[3]))[:, :, None, None].expand(z6.shape)
-            gz6 = self._normalised(6, gh6, z6)
+            gz6 = self._normalised(6, gh6, z6, before3 or self._wanted("w6"))
             del z6, gh6
-            gh3 = self._convolution(6, gz6, h3)
+            if gz6 is not None:
+                gh3 = self._convolution(6, gz6, h3, before3)
             del gz6
         if gspatial is not None:
-            pixel_wise = self.w.w4.shape[1:] == (h3.shape[1], 1, 1)
-            found = self._convolution(4, gspatial, h3, not pixel_wise)
-            if pixel_wise:  # an outer product, added in one pass
+            pixel_wise = self.w.w4.shape == (1, h3.shape[1], 1, 1)
+            found = self._convolution(4, gspatial, h3, before3 and not pixel_wise)
+            if before3 and pixel_wise:  # an outer product, added in one pass
                 gh3 = gspatial * self.w.w4 if gh3 is None else gh3.addcmul_(gspatial, self.w.w4)
-            else:
+            elif found is not None:
                 gh3 = found if gh3 is None else gh3.add_(found)
             del found
         del h3
-        gz3 = self._normalised(3, gh3, z3)  # type: ignore[arg-type]
-        del z3, gh3
-        self._add(self._convolution(3, gz3, self.x, self.needs["x"]))
+        if gh3 is not None:
+            gz3 = self._normalised(3, gh3, z3, self._wanted("x", "w3"))
+            del z3, gh3
+            self._before(3, gz3)
+
+    def _before(self, number: int, gz: Tensor | None) -> None:
+        """From the gradient of a convolution of x to that of x."""
+        gx = None if gz is None else self._convolution(number, gz, self.x, self._wanted("x"))
+        if gx is not None:
+            self.gx = gx if self.gx is None else self.gx.add_(gx)
+
+    def _wanted(self, *names: str) -> bool:
+        return any(self.needs.get(name, False) for name in names)
 
     def _convolved(self, number: int, input: Tensor) -> Tensor:
         """The convolution's output, made again where it was not kept."""
@@ -329,35 +363,37 @@ class _Backward:
         shift = -mean * scale if beta is None else beta - mean * scale
         return torch.addcmul(shift[:, None, None], z, scale[:, None, None]).to(z.dtype).relu_()
 
-    def _normalised(self, number: int, grad: Tensor, z: Tensor) -> Tensor:
+    def _normalised(self, number: int, grad: Tensor, z: Tensor, needs_input: bool) -> Tensor | None:
         """From the gradient of ``relu(bn(z))`` to that of z, the batch's statistics being functions of z."""
         mean, inverse, bits, _, stride = self.branches[number]
+        ours = {kind: f"{kind}{number}" for kind in ("gamma", "beta", "b")}
+        wanted = [needs_input, self._wanted(ours["gamma"]), self._wanted(ours["beta"], ours["b"])]
+        if not any(wanted):
+            return None
         grad = _relu_backward(grad, None, bits, stride, self.options.backend)
-        gamma = getattr(self.w, f"gamma{number}")
+        gamma = getattr(self.w, ours["gamma"])
         statistics = (None, None, mean, inverse, True, self.options.eps[f"bn{number}"])
-        gz, ggamma, gbeta = _aten.native_batch_norm_backward(grad, z, gamma, *statistics, [True, True, True])
-        # A BatchNorm takes away whatever a bias adds before it: what torch sums up there is rounding, but for a NaN.
-        for name, found in ((f"gamma{number}", ggamma), (f"beta{number}", gbeta), (f"b{number}", 0 * gbeta)):
-            if self.needs[name]:
-                self.found[name] = found
+        gz, self.found[ours["gamma"]], gbeta = _aten.native_batch_norm_backward(grad, z, gamma, *statistics, wanted)
+        if self._wanted(ours["beta"]):
+            self.found[ours["beta"]] = gbeta
+        if self._wanted(ours["b"]):
+            # A BatchNorm takes away whatever a bias adds before it: what torch sums up there is rounding, but for NaN.
+            self.found[ours["b"]] = 0 * gbeta
         return gz
 
-    def _convolution(self, number: int, grad: Tensor, input: Tensor, needs_input: bool = True) -> Tensor:
+    def _convolution(self, number: int, grad: Tensor, input: Tensor, needs_input: bool) -> Tensor | None:
         """The gradient of a convolution's input; those of its weight and bias are noted."""
         weight, bias = (getattr(self.w, f"{kind}{number}") for kind in "wb")
         sizes = None if bias is None else list(bias.shape)
-        biased = self.needs[f"b{number}"] and number not in self.branches
+        biased = self._wanted(f"b{number}") and number not in self.branches
+        wanted = [needs_input, self._wanted(f"w{number}"), biased]
+        if not any(wanted):
+            return None
         geometry = self.options.geometries[f"conv{number}"]
-        wanted = [needs_input, self.needs[f"w{number}"], biased]
-        found, gw, gb = _aten.convolution_backward(grad, input, weight, sizes, *geometry, wanted)
-        self.found[f"w{number}"] = gw
+        found, self.found[f"w{number}"], gb = _aten.convolution_backward(grad, input, weight, sizes, *geometry, wanted)
         if biased:
             self.found[f"b{number}"] = gb
         return found
-
-    def _add(self, gx: Tensor | None) -> None:
-        if gx is not None:
-            self.gx = gx if self.gx is None else self.gx.add_(gx)
 
 
 def _composition(options: _Options, x: Tensor, w: _Weights) -> tuple[Tensor, ...]:
@@ -383,19 +419,21 @@ def _differentiable(
     options: _Options, needs: Sequence[bool], inputs: Sequence[Any], grads: Sequence[Tensor | None]
 ) -> Grads:
     """The gradients with a graph of their own."""
-    asked = [i for i, (need, tensor) in enumerate(zip(needs, inputs, strict=True)) if need and tensor is not None]
+    places = [i for i, (need, tensor) in enumerate(zip(needs, inputs, strict=True)) if need and tensor is not None]
     # As functions of fresh names for the inputs: one tensor may stand at two places.
     named: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
     outputs = _composition(options, named[0], _Weights(*named[1:]))
-    pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-    if not pairs:
+    pairs = [
+        (output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None and output.requires_grad
+    ]
+    if not pairs or not places:
         return (None,) * len(inputs)
     found = torch.autograd.grad(
         [output for output, _ in pairs],
-        [named[i] for i in asked],
+        [named[i] for i in places],
         [grad for _, grad in pairs],
         create_graph=True,
         allow_unused=True,
     )
-    results = dict(zip(asked, found, strict=True))
+    results = dict(zip(places, found, strict=True))
     return tuple(results.get(i) for i in range(len(inputs)))
