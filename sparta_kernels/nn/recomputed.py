@@ -27,6 +27,7 @@ from torch.autograd import Function
 from .. import backends
 from ..ops.library import asked, untraced
 from .frozen import has_hooks
+from .recomputed_twice import Grads, Options, Weights, differentiable
 
 if TYPE_CHECKING:
     from .sparta import Sparta
@@ -35,44 +36,9 @@ _aten = torch.ops.aten
 _relu_ = torch.ops.sparta_kernels._relu_forward_.default
 _relu_backward = torch.ops.sparta_kernels._relu_backward.default
 
-Grads = tuple[Tensor | None, ...]
-
 # Images of at most so many pixels keep their convolutions' outputs: in a ResNet-18 on 32x32 pixels 0.02 of the memory,
 # and 0.4 of the time that making them again would take.
 _FEW_PIXELS = 64
-
-
-class _Options(NamedTuple):
-    """All that is not differentiated: the geometry of each convolution, each BatchNorm's epsilon, who computes ReLU."""
-
-    geometries: dict[str, tuple[Any, ...]]
-    eps: dict[str, float]
-    dynamic: bool
-    pooled: bool  # conv2 sees the mean alone: it has one pixel
-    backend: str
-
-
-class _Weights(NamedTuple):
-    """Weight and bias of every layer, in the order in which the Function takes them; None where there is none."""
-
-    w1: Tensor
-    b1: Tensor | None
-    gamma1: Tensor | None
-    beta1: Tensor | None
-    w2: Tensor
-    b2: Tensor | None
-    w3: Tensor
-    b3: Tensor | None
-    gamma3: Tensor | None
-    beta3: Tensor | None
-    w4: Tensor
-    b4: Tensor | None
-    w6: Tensor | None = None
-    b6: Tensor | None = None
-    gamma6: Tensor | None = None
-    beta6: Tensor | None = None
-    w7: Tensor | None = None
-    b7: Tensor | None = None
 
 
 def attention_in_training(sparta: Sparta, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -105,7 +71,7 @@ def attention_in_training(sparta: Sparta, x: Tensor) -> tuple[Tensor, Tensor, Te
             tensor if name in norms or tensor is None else _cast(tensor, dtype)
             for tensor, name in zip(tensors, names, strict=True)
         ]
-    options = _Options(
+    options = Options(
         {name: _geometry(layer) for name, layer in layers.items() if isinstance(layer, nn.Conv2d)},
         {name: norm.eps for name, norm in norms.items()},
         sparta.dynamic,
@@ -205,9 +171,9 @@ class _Attention(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: _Options, norms: dict[str, nn.BatchNorm2d], x: Tensor, *tensors: Tensor | None
+        ctx: Any, options: Options, norms: dict[str, nn.BatchNorm2d], x: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        w = _Weights(*tensors)  # type: ignore[arg-type]
+        w = Weights(*tensors)  # type: ignore[arg-type]
         keep = x.shape[2] * x.shape[3] <= _FEW_PIXELS
         kept: list[Tensor | None] = []
         strides: list[tuple[int, ...]] = []
@@ -244,12 +210,12 @@ class _Attention(Function):
         needs = asked(ctx, 2, (x, *tensors))
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():
-                return None, None, *_differentiable(ctx.options, needs, (x, *tensors), grads)
+                return None, None, *differentiable(ctx.options, needs, (x, *tensors), grads)
             branches = {
                 number: _Branch(*parts)
                 for number, *parts in zip((1, 3, 6), *(kept[i::4] for i in range(4)), ctx.strides, strict=False)
             }
-            backward = _Backward(ctx.options, x, _Weights(*tensors), branches, needs)
+            backward = _Backward(ctx.options, x, Weights(*tensors), branches, needs)
             return None, None, *backward(grads, mean1, mean6)
 
 
@@ -257,7 +223,7 @@ class _Backward:
     """The gradients of `_Attention`, one branch after the other: few feature maps are alive at once."""
 
     def __init__(
-        self, options: _Options, x: Tensor, weights: _Weights, branches: dict[int, _Branch], needs: Sequence[bool]
+        self, options: Options, x: Tensor, weights: Weights, branches: dict[int, _Branch], needs: Sequence[bool]
     ) -> None:
         self.options, self.x, self.w, self.branches = options, x, weights, branches
         self.needs = dict(zip(("x", *weights._fields), needs, strict=False))
@@ -394,46 +360,3 @@ class _Backward:
         if biased:
             self.found[f"b{number}"] = gb
         return found
-
-
-def _composition(options: _Options, x: Tensor, w: _Weights) -> tuple[Tensor, ...]:
-    """The plain composition, for derivatives of derivatives; the running statistics stay."""
-
-    def branch(number: int, input: Tensor, weight: Any, bias: Any, gamma: Any, beta: Any) -> Tensor:
-        z = torch.convolution(input, weight, bias, *options.geometries[f"conv{number}"])
-        return F.relu(F.batch_norm(z, None, None, gamma, beta, True, 0.0, options.eps[f"bn{number}"]))
-
-    h1 = branch(1, x, *w[:4])
-    if options.pooled:
-        h1 = h1.mean((2, 3), keepdim=True)
-    channel = torch.convolution(h1, w.w2, w.b2, *options.geometries["conv2"]).mean((2, 3))
-    h3 = branch(3, x, *w[6:10])
-    spatial = torch.convolution(h3, w.w4, w.b4, *options.geometries["conv4"])
-    if not options.dynamic:
-        return spatial, channel
-    mean6 = branch(6, h3, *w[12:16]).mean((2, 3))
-    return spatial, channel, F.linear(mean6, w.w7, w.b7)  # type: ignore[arg-type]
-
-
-def _differentiable(
-    options: _Options, needs: Sequence[bool], inputs: Sequence[Any], grads: Sequence[Tensor | None]
-) -> Grads:
-    """The gradients with a graph of their own."""
-    places = [i for i, (need, tensor) in enumerate(zip(needs, inputs, strict=True)) if need and tensor is not None]
-    # As functions of fresh names for the inputs: one tensor may stand at two places.
-    named: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-    outputs = _composition(options, named[0], _Weights(*named[1:]))
-    pairs = [
-        (output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None and output.requires_grad
-    ]
-    if not pairs or not places:
-        return (None,) * len(inputs)
-    found = torch.autograd.grad(
-        [output for output, _ in pairs],
-        [named[i] for i in places],
-        [grad for _, grad in pairs],
-        create_graph=True,
-        allow_unused=True,
-    )
-    results = dict(zip(places, found, strict=True))
-    return tuple(results.get(i) for i in range(len(inputs)))
