@@ -37,12 +37,13 @@ def available() -> frozenset[torch.dtype]:
     if addresses[2] == 0:
         addresses[0] = addresses[1] = 0
     _native.set_products(addresses)
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = True  # as it will be where it counts: the answer is kept
+    switches: Any = torch.backends.mkldnn
+    before = switches.enabled
+    switches.enabled = True  # as it will be where it counts: the answer is kept
     try:
         return frozenset(dtype for dtype in (torch.float64, torch.float32, torch.bfloat16) if _right(dtype))
     finally:
-        torch.backends.mkldnn.enabled = before
+        switches.enabled = before
 
 
 def in_pairs(matrix: torch.Tensor) -> torch.Tensor:
