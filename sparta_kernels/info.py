@@ -44,7 +44,10 @@ def _attention(kind: str) -> backends.Choice:
     """What `auto` takes for bfloat16, and what it takes for each dtype as the reason."""
     found = {}
     for dtype in FLOATS:
-        backend, why = fused_backend(torch.empty(1, 1, 1, 1, dtype=dtype, device=kind), 1, "auto")
+        try:
+            backend, why = fused_backend(torch.empty(1, 1, 1, 1, dtype=dtype, device=kind), 1, "auto")
+        except (RuntimeError, AssertionError) as error:  # a device that torch lists, but cannot use
+            backend, why = "", str(error).partition("\n")[0]
         found[str(dtype).removeprefix("torch.")] = (backend, "its kernels") if backend else ("reference", why)
     reason = "; ".join(f"{dtype}: {backend} ({why})" for dtype, (backend, why) in found.items())
     return backends.Choice(found["bfloat16"][0], reason)

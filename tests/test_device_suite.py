@@ -56,7 +56,7 @@ def test_rehearsal_does_every_step(rehearsal):
     assert figures["test"]["gpu_tests"] > 100
     assert figures["test"]["passed"] >= 5
     assert figures["test"]["failed"] == figures["test"]["errors"] == 0
-    assert "280 results of native on cpu checked, 0 wrong" in figures["sanitize"]["plain"]
+    assert "344 results of native on cpu checked, 0 wrong" in figures["sanitize"]["plain"]
     assert figures["ops"]["cells"] == 4 + 2 + 1 + 1 + 2
     iterations = {f"{activation} fp32 {name}" for activation in ("sparta", "relu") for name in ("loop", "ours-eager")}
     assert set(figures["attack"]["iterations"]) == iterations

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import FLOATS, ConvCase, assert_near, assert_same_bits, conv_cases, random
+from cases import FLOATS, ConvCase, assert_near, assert_same_bits, conv_cases, random, thread_counts
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -109,7 +109,7 @@ def test_the_same_bits_every_time_and_for_any_number_of_threads(backend):
 
     torch.set_num_threads(1)
     wants = everything()
-    for threads in (1, 2, 3):
+    for threads in thread_counts(backend):
         torch.set_num_threads(threads)
         for got, want in zip(everything(), wants, strict=True):
             assert_same_bits(got, want, f"{threads} threads")

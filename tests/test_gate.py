@@ -17,6 +17,7 @@ from cases import (
     lay,
     magnitudes,
     random,
+    thread_counts,
     to_double,
 )
 from hypothesis import given
@@ -271,7 +272,7 @@ def test_the_same_bits_every_time_and_for_any_number_of_threads(backend, shape, 
     case = GateCase(shape, dtype, (torch.float32,) * 3, share, layout, layout)
     torch.set_num_threads(1)
     y, grads, *_ = forward_backward(case, backend)
-    for threads in (1, 2, 3):
+    for threads in thread_counts(backend):
         torch.set_num_threads(threads)
         again, grads_again, *_ = forward_backward(case, backend)
         assert_same_bits(again, y, f"y, {threads} threads")

@@ -66,6 +66,11 @@ def attention_forward_tiling(total: int, channels: int, hidden: int, itemsize: i
     return AttentionTiling(64 if _shared(arch) > 99 else 32, step, chunk, 2, together=arch == 90)
 
 
+def _alike(total: int, pixels: int) -> int:
+    """What counts of the pixels: none, where images straddle tiles of 128, for which registers do not suffice then."""
+    return total if pixels > 0 and (pixels % 128 == 0 or 128 % pixels == 0) else 0
+
+
 @lru_cache(maxsize=256)
 def attention_backward_tiling(
     total: int, channels: int, hidden: int, dtype: torch.dtype, planar: bool, arch: int
@@ -223,7 +228,7 @@ def plan_attention_forward(
     rows, sample_stride, pixel_stride, channel_stride = _strides(x, planar)
     wide, high = w13.shape[1], w4.shape[0]
     arch = _arch(x.device) if arch is None else arch
-    tiling = attention_forward_tiling(total, wide, high, x.itemsize, arch)
+    tiling = attention_forward_tiling(_alike(total, pixels), wide, high, x.itemsize, arch)
     tiles = ceil_div(total, tiling.pixels)
     if tiling.pixels % pixels == 0:
         segments, slots = tiling.pixels // pixels, 0
