@@ -183,7 +183,7 @@ FAULTS = [
             (CALLS, "ops/attention_kernels.py", "version", "increment_version(x)  # so", "pass  # so"),
             (CALLS, "ops/attention.py", "twice", "backward_of_sum(gy, gy2,", "backward_of_sum(gy, gy,"),
             (ATTENTION, "backends/native.py", "padded", "[i * padded : i * padded + part.numel()]", "[: part.numel()]"),
-            (WHOLE, "nn/whole.py", "gamma", "scale = scale * bn.weight", "pass"),
+            (WHOLE, "nn/frozen.py", "gamma", "scale = scale * norm.weight", "pass"),
             (WHOLE, "nn/whole.py", "hooks", " or any(has_hooks(layer) for layer in sparta.children())", ""),
             (WHOLE, "nn/whole.py", "stride", "conv.stride == (1, 1) and ", ""),
             (FROZEN, "nn/frozen_sparta.py", "refresh", "mine.copy_(other)", "pass"),
@@ -197,7 +197,7 @@ FAULTS = [
     Fault(
         "outcome-padding", f"{EVALUATION}/batches.py", "values[: batch.real].cpu()", "values[-batch.real :].cpu()", KEPT
     ),
-    Fault("fold-shift", "sparta_kernels/nn/frozen.py", "        shift *= scale\n", "", PREPARE),
+    Fault("fold-shift", "sparta_kernels/nn/frozen.py", "    shift = shift * scale\n", "", PREPARE),
     Fault("fold-read", f"{ATTACK}/rewrite.py", "if len(node.users) == 1 else None", "if node.users else None", PREPARE),
     Fault("fork-writes", f"{ATTACK}/rewrite.py", "and not self._own(read)):", "and False):", PREPARE),
     Fault("refresh-constants", f"{ATTACK}/prepare.py", "        refresh_constants(self._constants)\n", "", PREPARE),

@@ -94,16 +94,22 @@ class _Frozen(nn.Module):
             if self.bias is not None:
                 self.bias.copy_(layer.bias)
             return
-        # y = gamma (Wx + b - mean) / sqrt(var + eps) + beta
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        if norm.weight is not None:
-            scale *= norm.weight
+        scale, shift = scale_and_shift(layer.bias, norm, norm.running_var.dtype)
         torch.mul(layer.weight, scale.view(-1, *(1,) * (layer.weight.dim() - 1)), out=self.weight)
-        shift = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
-        shift *= scale
-        if norm.bias is not None:
-            shift += norm.bias
         self.bias.copy_(shift)  # type: ignore[union-attr]
+
+
+def scale_and_shift(bias: Tensor | None, norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm in eval mode makes of ``Wx + bias``: ``scale * Wx + shift``, computed in `dtype`.
+
+    That is ``gamma (Wx + bias - mean) / sqrt(var + eps) + beta``. Autograd knows what both are made of.
+    """
+    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean if bias is None else bias.to(dtype) - norm.running_mean
+    shift = shift * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
 
 
 class FrozenConv(_Frozen):

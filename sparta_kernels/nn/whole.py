@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.attention import AttentionWeights, fused_backend
-from .frozen import has_hooks
+from .frozen import has_hooks, scale_and_shift
 
 if TYPE_CHECKING:
     from .sparta import Sparta
@@ -86,12 +86,7 @@ def folded(sparta: Sparta) -> AttentionWeights:
 
 
 def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """``gamma (w x + b - mean) / sqrt(var + eps) + beta`` as one product and one bias, in float32 or float64."""
+    """Convolution and BatchNorm as one product and one bias, in float32 or float64."""
     work = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
-    scale = torch.rsqrt(bn.running_var.to(work) + bn.eps)  # type: ignore[union-attr]
-    if bn.weight is not None:
-        scale = scale * bn.weight
-    shift = (conv.bias.to(work) - bn.running_mean) * scale  # type: ignore[union-attr, operator]
-    if bn.bias is not None:
-        shift = shift + bn.bias
+    scale, shift = scale_and_shift(conv.bias, bn, work)
     return conv.weight.flatten(1) * scale[:, None], shift
