@@ -4,6 +4,7 @@ from .checkpoint import CheckpointError, build_model, load_checkpoint
 from .loop import Batch, Epoch, TrainingDiverged, model_arguments, read_run, train
 from .progress import TrainingProgress
 from .settings import ATTACKS, MODELS, SCHEDULES, Settings
+from .transfer import Transferred, freeze_sparta, keep_frozen_in_eval, transfer
 
 __all__ = [
     "ATTACKS",
@@ -15,9 +16,13 @@ __all__ = [
     "Settings",
     "TrainingDiverged",
     "TrainingProgress",
+    "Transferred",
     "build_model",
+    "freeze_sparta",
+    "keep_frozen_in_eval",
     "load_checkpoint",
     "model_arguments",
     "read_run",
     "train",
+    "transfer",
 ]
