@@ -66,7 +66,7 @@ def _conv(c_in: int, c_out: int, size: int, stride: int = 1) -> nn.Conv2d:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: ``act2(bn2(conv2(act1(bn1(conv1(x))))) + shortcut(x))``.
 
-    ``act1`` is ReLU; ``act2``, after the addition, is the activation that is asked for by name.
+    ``act1`` is ReLU; ``act2``, after the addition, is the activation that is asked for.
     x ``(N, c_in, H, W)`` -> ``(N, c_out, ceil(H / stride), ceil(W / stride))``.
     """
 
@@ -95,7 +95,7 @@ class ResNet(nn.Module):
     Args:
         blocks: number of blocks in each of the four groups.
         num_classes: size of the output.
-        activation: what stands at the sites, a name of `make_activation`; ReLU everywhere else.
+        activation: what stands at the sites, a string for `make_activation`; ReLU everywhere else.
         sites: where, see `parse_sites`.
         width: channels of the first group; the others have 2, 4 and 8 times as many.
         in_channels: channels of the images.
@@ -132,7 +132,7 @@ class ResNet(nn.Module):
         check_count("ResNet", "in_channels", in_channels)
         self.in_channels = in_channels
         chosen = parse_sites(sites, blocks)
-        make_activation(activation, 1)  # an unknown name is an error even where there is no site
+        make_activation(activation, 1)  # an unknown one is an error even where there is no site
 
         self.register_buffer("mean", _per_channel("mean", mean, in_channels, "finite numbers", -math.inf))
         self.register_buffer("std", _per_channel("std", std, in_channels, "finite numbers above 0", 0.0))
