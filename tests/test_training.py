@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sparta_kernels import data, training
 from sparta_kernels.training import CheckpointError, Settings, TrainingDiverged, load_checkpoint, loop, train
-from sparta_kernels.training.settings import learning_rate
+from sparta_kernels.training.schedule import learning_rate
 
 IMAGES = 50
 TINY = {
@@ -348,7 +348,7 @@ def test_missing_files(tmp_path):
         ("batch_size", 2, ValueError),
         ("learning_rate", 0, ValueError),
         ("learning_rate", float("nan"), ValueError),
-        ("schedule", "cosine", ValueError),
+        ("schedule", "step", ValueError),
         ("milestones", (0,), ValueError),
         ("milestones", ("a",), TypeError),
         ("milestones", 5, TypeError),
@@ -360,11 +360,36 @@ def test_missing_files(tmp_path):
         ("eps", 16, ValueError),
         ("attack_steps", 0, ValueError),
         ("seed", -1, ValueError),
+        ("warmup", -1, ValueError),
+        ("warmup", 90, ValueError),
+        ("nesterov", 1, TypeError),
+        ("label_smoothing", 1.0, ValueError),
+        ("ema", 1, ValueError),
+        ("precision", "fp8", ValueError),
+        ("loss", "mart", ValueError),
+        ("trades_beta", -1.0, ValueError),
+        ("augment", "yes", TypeError),
+        ("sparta_from", None, TypeError),
+        ("freeze_sparta", 0, TypeError),
+        ("freeze_sparta", True, ValueError),
     ],
 )
 def test_wrong_settings(name, value, error):
     with pytest.raises(error, match=f"{'name' if name == 'data' else name} must"):
         Settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("warmup", {"warmup": 2, "schedule": "one-cycle"}),
+        ("nesterov", {"nesterov": True, "momentum": 0.0}),
+        ("loss", {"loss": "trades", "attack": "none"}),
+    ],
+)
+def test_settings_that_exclude_each_other(name, values):
+    with pytest.raises(ValueError, match=f"training: {name} must be"):
+        Settings(**values)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +404,9 @@ def test_wrong_settings(name, value, error):
         ("device", "meta", ValueError),
         ("device", "cuda:99", ValueError),
         ("device", 0, TypeError),
+        ("save_every", 0, ValueError),
+        ("save_every", "1", TypeError),
+        ("robust_images", -1, ValueError),
         ("on_batch", 3, TypeError),
         ("on_epoch", 3, TypeError),
     ],

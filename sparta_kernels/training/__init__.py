@@ -1,13 +1,14 @@
 """Standard and adversarial training, with checkpoints that resume bit for bit."""
 
 from .checkpoint import CheckpointError, build_model, load_checkpoint
-from .loop import Batch, Epoch, TrainingDiverged, model_arguments, read_run, train
+from .loop import Batch, Epoch, TrainingDiverged, finished, model_arguments, read_run, train
 from .progress import TrainingProgress
-from .settings import ATTACKS, MODELS, SCHEDULES, Settings
+from .settings import ATTACKS, LOSSES, MODELS, SCHEDULES, Settings
 from .transfer import Transferred, freeze_sparta, keep_frozen_in_eval, transfer
 
 __all__ = [
     "ATTACKS",
+    "LOSSES",
     "MODELS",
     "SCHEDULES",
     "Batch",
@@ -18,6 +19,7 @@ __all__ = [
     "TrainingProgress",
     "Transferred",
     "build_model",
+    "finished",
     "freeze_sparta",
     "keep_frozen_in_eval",
     "load_checkpoint",

@@ -1,9 +1,11 @@
-"""One run, one safetensors file: weights, momentum and a JSON description. Nothing in it can run code."""
+"""One run, one safetensors file: weights, their average, momentum, a JSON description. Nothing in it can run code."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from ..nn import ResNet
 from .settings import MODELS
 
 FORMAT = "sparta_kernels checkpoint 1"
+WEIGHTS = ("auto", "last", "ema")
 
 
 class CheckpointError(ValueError):
@@ -28,11 +31,19 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as read: its description, the network in eval mode, and the momentum by parameter name."""
+    """A checkpoint as read.
+
+    Attributes:
+        metadata: its description.
+        model: the network in eval mode, with the weights after the last update.
+        momentum: SGD's, by parameter name; empty in a run without.
+        ema: the moving average of the network's state, by name; empty in a run without.
+    """
 
     metadata: dict[str, Any]
     model: ResNet
     momentum: dict[str, Tensor]
+    ema: dict[str, Tensor]
 
 
 def build_model(name: str, arguments: dict[str, Any]) -> ResNet:
@@ -48,7 +59,11 @@ def build_model(name: str, arguments: dict[str, Any]) -> ResNet:
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module, momentum: dict[str, Tensor], metadata: dict[str, Any]
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    momentum: dict[str, Tensor],
+    metadata: dict[str, Any],
+    ema: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint atomically: the file at `path` is the old one or the whole new one.
 
@@ -56,12 +71,14 @@ def save_checkpoint(
         model: its `state_dict` is stored as `model.*`.
         momentum: SGD's momentum of each parameter by its name, stored as `momentum.*`.
         metadata: what JSON can hold, with at least the keys that `load_checkpoint` describes.
+        ema: the average of that state, stored as `ema.*`.
 
     Raises:
         OSError: the file cannot be written.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"momentum.{name}": tensor for name, tensor in momentum.items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in (ema or {}).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"format": FORMAT, "metadata": json.dumps(metadata, allow_nan=False)}
     write_atomically(path, save(tensors, header))
@@ -74,19 +91,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         FileNotFoundError: there is no such file.
         CheckpointError: it is damaged, or not a checkpoint of this package.
     """
-    path = Path(path)
-    if not path.is_file():
-        problem = "it is not a file" if path.exists() else "there is no such file"
-        raise FileNotFoundError(f"checkpoint {path}: {problem}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path}: damaged, or not a safetensors file ({error})") from error
+    path = _existing(path)
+    with _opened(path) as file:
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     metadata = _metadata(path, header)
     weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
     momentum = {name[9:]: tensor for name, tensor in tensors.items() if name.startswith("momentum.")}
+    ema = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("ema.")}
 
     description = metadata["model"]
     try:
@@ -96,14 +108,32 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the last two: sizes past all bounds
         raise CheckpointError(f"checkpoint {path}: describes no known network ({error})") from error
     _match(path, "model", weights, model.state_dict())
-    if momentum:  # a run without momentum stores none
-        _match(path, "momentum", momentum, dict(model.named_parameters()))
+    parameters = dict(model.named_parameters())
+    # A run without momentum stores none, and one with frozen parameters none for them.
+    _match(path, "momentum", momentum, {name: parameters[name] for name in parameters if name in momentum})
+    if ema:
+        _match(path, "ema", ema, model.state_dict())
     model.to_empty(device="cpu").load_state_dict(weights)
-    return Checkpoint(metadata, model.eval(), momentum)
+    return Checkpoint(metadata, model.eval(), momentum, ema)
 
 
-def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[ResNet, dict[str, Any]]:
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The description in a checkpoint, without its tensors. Errors as in `read_checkpoint`."""
+    path = _existing(path)
+    with _opened(path) as file:
+        return _metadata(path, file.metadata() or {})
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", weights: str = "auto"
+) -> tuple[ResNet, dict[str, Any]]:
     """The network in a checkpoint, in eval mode on `device`, and the description of its run.
+
+    Args:
+        path: the file.
+        device: where the network is wanted.
+        weights: "last" (those after the last update), "ema" (their moving average) or "auto": the average where the
+            run kept one.
 
     Returns:
         The model, and a dict: `model` (`name`, `arguments`), `settings`, `epoch` (how many are done), `history`
@@ -112,11 +142,35 @@ def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it is damaged, or not a checkpoint of this package.
-        TypeError, ValueError: there is no such device.
+        TypeError, ValueError: there is no such device, or the run kept no average.
     """
     place = checks.device("load_checkpoint", device)
+    checks.choice("load_checkpoint", "weights", weights, WEIGHTS)
     checkpoint = read_checkpoint(path)
+    if weights == "ema" and not checkpoint.ema:
+        raise ValueError(f"load_checkpoint: weights must be 'auto' or 'last': {path} keeps no average, got 'ema'")
+    if weights != "last" and checkpoint.ema:
+        checkpoint.model.load_state_dict(checkpoint.ema)
     return checkpoint.model.to(place), checkpoint.metadata
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        problem = "it is not a file" if path.exists() else "there is no such file"
+        raise FileNotFoundError(f"checkpoint {path}: {problem}")
+    return path
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"checkpoint {path}: damaged, or not a safetensors file ({error})") from error
 
 
 def _metadata(path: Path, header: dict[str, str]) -> dict[str, Any]:

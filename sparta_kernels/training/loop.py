@@ -19,8 +19,9 @@ from .. import attack, data
 from ..attack import checks
 from ..data.files import check_writable
 from ..memory import keep_freed_memory
-from .checkpoint import Checkpoint, CheckpointError, build_model, read_checkpoint, save_checkpoint
-from .settings import Settings, learning_rate
+from .checkpoint import Checkpoint, CheckpointError, build_model, read_checkpoint, read_metadata, save_checkpoint
+from .schedule import learning_rate
+from .settings import Settings
 
 
 class TrainingDiverged(ArithmeticError):
@@ -47,7 +48,9 @@ class Epoch:
         epoch: its number, from 1.
         loss, error: mean over the images trained on (adversarial ones in adversarial training), while
             training.
-        clean_error: share of the test images misclassified after the epoch.
+        clean_error: share of the test images misclassified after the epoch; by the average of the weights, where
+            one is kept.
+        robust_error: the same of the first test images under attack; None where that was not asked for.
         images_per_second: of the epoch's training.
         learning_rate: of its last step.
     """
@@ -58,6 +61,7 @@ class Epoch:
     clean_error: float
     images_per_second: float
     learning_rate: float
+    robust_error: float | None = None
 
 
 @keep_freed_memory()
@@ -69,6 +73,8 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     device: torch.device | str = "cpu",
+    save_every: float | None = 600.0,
+    robust_images: int = 0,
     on_batch: Callable[[Batch], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> list[Epoch]:
@@ -86,6 +92,9 @@ def train(
         resume: go on from `checkpoint`, whose settings must be the same.
         overwrite: start again although `checkpoint` exists.
         device: where to train.
+        save_every: seconds from one checkpoint to the next inside an epoch; None for none there.
+        robust_images: how many of the first test images are attacked after each epoch, with the settings' attack (with
+            attack "none": the papers' test attack, preset "sparta"); more than there are: all.
         on_batch, on_epoch: called after each.
 
     Returns:
@@ -107,6 +116,9 @@ def train(
             raise TypeError(f"{where}: {name} must be a path, got {value!r}")
     checks.flag(where, "resume", resume)
     checks.flag(where, "overwrite", overwrite)
+    if save_every is not None:
+        checks.real(where, "save_every", save_every, "above 0 (seconds) or None", low=0.0, high=math.inf, open_low=True)
+    checks.integer(where, "robust_images", robust_images, low=0)
     checks.callback(where, "on_batch", on_batch)
     checks.callback(where, "on_epoch", on_epoch)
     device, path = checks.device(where, device), Path(checkpoint)
@@ -183,6 +195,20 @@ def read_run(settings: Settings, checkpoint: str | os.PathLike[str]) -> tuple[Ch
         return previous, [Epoch(**epoch) for epoch in previous.metadata["history"]]
     except TypeError as problem:
         raise CheckpointError(f"checkpoint {checkpoint}: its history is damaged ({problem})") from problem
+
+
+def finished(checkpoint: str | os.PathLike[str], settings: Settings) -> bool:
+    """Whether there is a checkpoint of a run with these very settings, and all its epochs are done.
+
+    Raises:
+        CheckpointError: there is a file, but it is damaged, or not a checkpoint of this package.
+    """
+    if not isinstance(settings, Settings):
+        raise TypeError(f"finished: settings must be a Settings, got {type(settings).__name__}")
+    if not Path(checkpoint).exists():
+        return False
+    metadata = read_metadata(checkpoint)
+    return metadata["epoch"] == settings.epochs and not _differences(settings.as_dict(), metadata["settings"])
 
 
 def model_arguments(settings: Settings) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from .. import attack, data
 from ..attack import checks
 
 MODELS = ("resnet18", "resnet34")
-SCHEDULES = ("one-cycle", "milestones")
+SCHEDULES = ("one-cycle", "milestones", "cosine", "constant")
 ATTACKS = ("none", *attack.PRESETS)
+LOSSES = ("cross-entropy", "trades")
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,28 @@ class Settings:
             batches.
         learning_rate: the highest that the schedule reaches.
         schedule: "one-cycle" (a line up from 0 over the first quarter of all steps, a line down over the rest
-            that would meet 0 one step after the last) or "milestones" (a tenth after each epoch named).
+            that would meet 0 one step after the last), "milestones" (a tenth after each epoch named), "cosine" (half
+            a cosine from the highest to 0, which it would meet one step after the last) or "constant".
         milestones: epochs after which the learning rate drops; the papers' are 30 and 60.
+        warmup: epochs over which the learning rate first rises in a line; 0 with "one-cycle", which has its own.
         momentum, weight_decay: of stochastic gradient descent (SGD); the papers give the weight decay only.
+        nesterov: SGD with Nesterov's momentum.
+        label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al. 2016), 0..1.
+        loss: "cross-entropy", or "trades" (Zhang et al. 2019): cross-entropy of the clean image, and `trades_beta`
+            times the Kullback-Leibler divergence of the prediction for the adversarial image from it; the attack then
+            maximises that divergence, untargeted.
+        trades_beta: weight of that divergence, at least 0; TRADES itself takes 6 on CIFAR-10.
+        ema: decay, per update, of an exponential moving average (EMA) of the weights and statistics, which is then
+            what the errors after an epoch are of; 0 for none.
+        precision: in which the attack and the update compute: "fp32", "bf16", and on a GPU "tf32" and "fp16" (with a
+            scaled loss). Weights, momentum and images stay float32.
+        augment: crop and flip the training images where the data set's description says so (`data.describe`).
         attack: "none" for standard training, else the preset whose adversarial images replace the clean ones.
         eps: radius of that attack in pixel units.
         attack_steps: its number of steps.
-        seed: of the initial weights, the order of the images, and the attack's randomness.
+        sparta_from: a checkpoint whose SPARTA modules are copied into the new network, site by site; "" for none.
+        freeze_sparta: keep those as they are: no gradient, and their BatchNorms in eval mode.
+        seed: of the initial weights, the order of the images, augmentation, and the attack's randomness.
     """
 
     data: str = "digits"
@@ -47,11 +63,21 @@ class Settings:
     learning_rate: float = 0.1
     schedule: str = "milestones"
     milestones: tuple[int, ...] = (30, 60)
+    warmup: int = 0
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    nesterov: bool = False
+    label_smoothing: float = 0.0
+    loss: str = "cross-entropy"
+    trades_beta: float = 6.0
+    ema: float = 0.0
+    precision: str = "fp32"
+    augment: bool = True
     attack: str = "xie2019"
     eps: float = 16 / 255
     attack_steps: int = 10
+    sparta_from: str = ""
+    freeze_sparta: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,37 +86,45 @@ class Settings:
         checks.choice(where, "model", self.model, MODELS)
         checks.choice(where, "schedule", self.schedule, SCHEDULES)
         checks.choice(where, "attack", self.attack, ATTACKS)
+        checks.choice(where, "loss", self.loss, LOSSES)
+        checks.choice(where, "precision", self.precision, attack.PRECISIONS)
         for name in ("width", "epochs", "attack_steps"):
             checks.integer(where, name, getattr(self, name), low=1)
         # Spread evenly, no batch is then a single image, which batch normalisation cannot learn from.
         checks.integer(where, "batch_size", self.batch_size, low=3)
-        for name in ("activation", "sites"):
+        for name in ("activation", "sites", "sparta_from"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{where}: {name} must be a string, got {getattr(self, name)!r}")
         checks.real(
             where, "learning_rate", self.learning_rate, "finite and above 0", low=0.0, high=math.inf, open_low=True
         )
         below_1 = math.nextafter(1.0, 0.0)
-        checks.real(where, "momentum", self.momentum, "at least 0 and below 1", low=0.0, high=below_1)
-        checks.real(where, "weight_decay", self.weight_decay, "finite and at least 0", low=0.0, high=math.inf)
+        for name in ("momentum", "label_smoothing", "ema"):
+            checks.real(where, name, getattr(self, name), "at least 0 and below 1", low=0.0, high=below_1)
+        for name in ("weight_decay", "trades_beta"):
+            checks.real(where, name, getattr(self, name), "finite and at least 0", low=0.0, high=math.inf)
+        for name in ("nesterov", "augment", "freeze_sparta"):
+            checks.flag(where, name, getattr(self, name))
         checks.pixels(where, "eps", self.eps)
         checks.seed(where, self.seed)
         if isinstance(self.milestones, (str, bytes)) or not isinstance(self.milestones, Iterable):
             raise TypeError(f"{where}: milestones must be a sequence of integers >= 1, got {self.milestones!r}")
         milestones = tuple(checks.integer(where, "each of milestones", m, low=1) for m in self.milestones)
         object.__setattr__(self, "milestones", milestones)
+        checks.integer(where, "warmup", self.warmup, low=0, high=self.epochs - 1)
+        self._check_together(where)
+
+    def _check_together(self, where: str) -> None:
+        """Refuse settings of which one makes no sense beside another."""
+        if self.warmup and self.schedule == "one-cycle":
+            raise ValueError(f"{where}: warmup must be 0 with the one-cycle schedule, got {self.warmup}")
+        if self.nesterov and not self.momentum:
+            raise ValueError(f"{where}: nesterov must be False without momentum, got True")
+        if self.loss == "trades" and self.attack == "none":
+            raise ValueError(f"{where}: loss must be 'cross-entropy' without an attack, got 'trades'")
+        if self.freeze_sparta and not self.sparta_from:
+            raise ValueError(f"{where}: freeze_sparta must be False without sparta_from, got True")
 
     def as_dict(self) -> dict[str, object]:
         """The settings as JSON can hold them."""
         return dataclasses.asdict(self) | {"milestones": list(self.milestones)}
-
-
-def learning_rate(settings: Settings, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of update number `step`, counted from 0 over the whole run."""
-    if settings.schedule == "milestones":
-        passed = sum(step >= milestone * steps_per_epoch for milestone in settings.milestones)
-        return settings.learning_rate * 0.1**passed
-    total = settings.epochs * steps_per_epoch
-    top = max(1, total // 4)
-    done = step + 1
-    return settings.learning_rate * (done / top if done <= top else (total + 1 - done) / (total + 1 - top))
