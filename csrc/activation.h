@@ -99,6 +99,72 @@ struct Reciprocal {
   }
 };
 
+// log(1 + t) = t - t^2 * Q(t), and Q for sqrt(1/2) <= 1 + t <= sqrt(2), by the minimax polynomial whose relative error is
+// 5e-8, 1e-5, or 9e-5 (see exp2_fraction).
+template <int bits, class Real>
+SPARTA_INLINE Real log1p_curve(Real t) {
+  if constexpr (bits > 11) {
+    Real q = t * 7.777992184e-02f - 1.277729396e-01f;
+    q = q * t + 1.311403547e-01f;
+    q = q * t - 1.419615143e-01f;
+    q = q * t + 1.662709430e-01f;
+    q = q * t - 2.000163606e-01f;
+    q = q * t + 2.500077867e-01f;
+    q = q * t - 3.333332536e-01f;
+    return q * t + 4.999999764e-01f;
+  }
+  if constexpr (bits > 8) {
+    Real q = t * -1.214059498e-01f + 1.843712382e-01f;
+    q = q * t - 2.036267360e-01f;
+    q = q * t + 2.493677683e-01f;
+    q = q * t - 3.332450418e-01f;
+    return q * t + 5.000037041e-01f;
+  }
+  Real q = t * 1.458491128e-01f - 2.176867170e-01f;
+  q = q * t + 2.527177493e-01f;
+  q = q * t - 3.328800763e-01f;
+  return q * t + 4.999695167e-01f;
+}
+
+// log(1 + t) for t >= 0. An infinite t counts as the largest number; NaN gives anything.
+template <class Real>
+struct Log1p {
+  using Near = decltype(Real{} < Real{});  // bool, or a mask of lanes
+  Near near;                               // t is small: the two differ little, and `curve` says by how much
+  Real value;                              // log(1 + t)
+  Real curve;                              // (t - log(1 + t)) / t^2, where near
+
+  template <int bits>
+  static SPARTA_INLINE Log1p of(Real t) {
+    using Pattern = Bits<Real>;
+    const auto none = typename Pattern::Int{};
+    const Real sum = 1.0f + t;
+    const Near near = sum < 1.41421354f;
+    // 1 + t = 2^exponent * (1 + rest), sqrt(1/2) <= 1 + rest < sqrt(2)
+    const auto pattern = Pattern::of(sum);
+    const auto exponent = (pattern - (none + 0x3f3504f3)) >> 23;
+    const Real rest = near ? t : Pattern::to(pattern - (exponent << 23)) - 1.0f;
+    const Real round_magic = Real{} + 12582912.0f;  // as in Exp2: an integer in the low bits, added to it
+    const Real power = Pattern::to(exponent + Pattern::of(round_magic)) - round_magic;
+    const Real curve = log1p_curve<bits>(rest);
+    return {near, power * 0.693147181f + (rest - rest * rest * curve), curve};
+  }
+};
+
+template <>
+struct Log1p<double> {
+  bool near;
+  double value, curve;
+
+  template <int bits>
+  static SPARTA_INLINE Log1p of(double t) {
+    if (t > 1.7976931348623157e308) t = 1.7976931348623157e308;
+    const double value = ::log1p(t);
+    const double series = 0.5 - t * (1.0 / 3 - t * (0.25 - t * (0.2 - t * (1.0 / 6 - t / 7))));
+    return {t < 0.41421356, value, t < 1e-3 ? series : (t - value) / (t * t)};
+  }
+};
+
 #if defined(__CUDA_ARCH__)
 // One instruction each on a device: within 2 ulp and 1 ulp, and what would be below the normal numbers is 0.
 template <>
@@ -121,6 +187,10 @@ struct Reciprocal<float> {
   }
 };
 #endif
+
+// The number that a Real is multiplied by, lane for lane.
+template <class Real>
+using Scale = std::conditional_t<std::is_same_v<Real, double>, double, float>;
 
 // ---- the gate: Eq. 3, 5, 8 -------------------------------------------------------------------------------
 
@@ -175,6 +245,81 @@ template <class Real>
 SPARTA_INLINE Real gate_grad_logit(Real x, Real gy, Sigmoid<Real> phi) {
   return gy * phi.value * relu(x) * phi.complement;
 }
+
+// ---- swish-relu: relu(x) * sigmoid(x) ---------------------------------------------------------------------
+
+template <int bits, class Real>
+SPARTA_INLINE Real swish_relu(Real x) {
+  return gate(x, sigmoid_scaled<bits>(Real(x * static_cast<Scale<Real>>(kLogitScale))).value);
+}
+
+template <int bits, class Real>
+SPARTA_INLINE Real swish_relu_grad(Real x, Real gy) {
+  const Real zero{};
+  const Sigmoid<Real> phi = sigmoid_scaled<bits>(Real(x * static_cast<Scale<Real>>(kLogitScale)));
+  return x <= zero ? zero : gy * (phi.value * (1.0f + x * phi.complement));
+}
+
+// ---- smooth-relu: x - log(beta * x + 1) / beta for x > 0, beta = b * b -----------------------------------
+
+// What is made of b once. Below the normal numbers 1 / beta would be infinite: there y and its gradients are those of
+// small t, which do without it.
+template <class Scalar>
+struct SmoothReluParameter {
+  Scalar beta, inverse;   // 1 / beta, or 0
+  Scalar grad_scale;      // 2 / b, or 0: gb is the sum of smooth_relu_grad's terms times this
+
+  explicit SPARTA_INLINE SmoothReluParameter(Scalar b) : beta(b * b), inverse(0), grad_scale(0) {
+    const Scalar smallest = static_cast<Scalar>(1.17549435e-38);
+    if (!(beta < smallest)) inverse = 1 / beta;
+    if (!((b < 0 ? -b : b) < smallest)) grad_scale = 2 / b;
+  }
+};
+
+template <int bits, class Real>
+SPARTA_INLINE Real smooth_relu(Real x, const SmoothReluParameter<Scale<Real>>& parameter) {
+  const Real zero{}, t = relu(x) * parameter.beta;
+  const auto log = Log1p<Real>::template of<bits>(t);
+  const Real y = log.near ? x * t * log.curve : x - log.value * parameter.inverse;
+  return x <= zero ? zero : y;
+}
+
+template <class Real>
+struct SmoothReluGrad {
+  Real input;      // gx
+  Real parameter;  // the element's term of gb, before grad_scale
+};
+
+template <int bits, class Real>
+SPARTA_INLINE SmoothReluGrad<Real> smooth_relu_grad(Real x, Real gy, const SmoothReluParameter<Scale<Real>>& parameter) {
+  const Real zero{}, t = relu(x) * parameter.beta;
+  const auto log = Log1p<Real>::template of<bits>(t);
+  const Real inverse = Reciprocal<Real>::template of<bits>(1.0f + t);
+  const Real slope = log.near ? t * inverse : 1.0f - inverse;  // t / (1 + t)
+  const Real term = log.near ? x * t * (inverse - log.curve) : (log.value - slope) * parameter.inverse;
+  return {x <= zero ? zero : gy * slope, x <= zero ? zero : gy * term};
+}
+
+// ---- dyrelu: the largest of K lines ----------------------------------------------------------------------
+
+// The line that is the largest at one x: the first NaN, or the first of the largest. Start with line 0, then offer the
+// others in order.
+template <class Real>
+struct LargestLine {
+  Real value, slope;
+  Real index;  // a number like the others, so that masks of its comparisons fit them
+
+  SPARTA_INLINE LargestLine(Real x, Real slope0, Real intercept0)
+      : value(slope0 * x + intercept0), slope(slope0), index(Real{}) {}
+
+  SPARTA_INLINE void offer(Real x, Real other_slope, Real intercept, int k) {
+    const Real other = other_slope * x + intercept;
+    const auto stays = (other <= value) | (value != value);
+    value = stays ? value : other;
+    slope = stays ? slope : other_slope;
+    index = stays ? index : Real{} + static_cast<Scale<Real>>(k);
+  }
+};
 
 // ---- projected gradient descent --------------------------------------------------------------------------
 // Files that use these are compiled without FMA contraction, so that every backend rounds alike.

@@ -120,6 +120,69 @@ struct ReluBackward {
   Place place;
 };
 
+// relu(x) * sigmoid(x). All tensors lie in the same order without gaps.
+struct SwishReluForward {
+  int64_t elements;
+  DType dtype;
+  const void* x;
+  void* y;  // written
+  Place place;
+};
+
+struct SwishReluBackward {
+  int64_t elements;
+  DType dtype;
+  const void *gy, *x;
+  void* gx;  // written
+  Place place;
+};
+
+// x - log(beta * x + 1) / beta where x > 0, else 0; beta = b * b. All tensors lie in the same order without gaps.
+struct SmoothReluForward {
+  int64_t elements;
+  DType dtype;
+  const void* x;
+  void* y;  // written
+  Dense b;  // one element
+  Place place;
+};
+
+struct SmoothReluBackward {
+  int64_t elements;
+  DType dtype;
+  const void *gy, *x;
+  void* gx;  // written, unless null
+  Dense b;
+  Dense grad_b;   // one element, written unless null
+  void* scratch;  // on a CUDA device: smooth_relu_backward_scratch() bytes
+  Place place;
+};
+
+// The largest of `lines` lines of each sample's and channel's own.
+struct DyReluShape {
+  int64_t samples, channels, pixels;
+  int64_t lines;  // 1 to 8
+  bool planar;    // as the gate's
+};
+
+struct DyReluForward {
+  DyReluShape shape;
+  DType dtype;               // of x and y
+  Matrices x, y;             // y is written
+  Dense slopes, intercepts;  // (N, C, lines)
+  Place place;
+};
+
+struct DyReluBackward {
+  DyReluShape shape;
+  DType dtype;                         // of gy, x and gx
+  Matrices gy, x, gx;                  // gx is written, unless its data is null
+  Dense slopes, intercepts;            // as in forward
+  Dense grad_slopes, grad_intercepts;  // (N, C, lines), written unless null
+  void* scratch;                       // on a CUDA device: dyrelu_backward_scratch() bytes
+  Place place;
+};
+
 // The attention network at K = 1 with folded BatchNorm, and its input gradient (docs/kernels.md).
 //
 //   h1 = relu(w1 x + b1)    channel = w2 mean(h1) + b2
@@ -175,7 +238,13 @@ int64_t last_level_cache();  // bytes
   void pgd_step(const PgdStep&);              \
   void pgd_start(const PgdStart&);            \
   void relu_forward(const ReluForward&);      \
-  void relu_backward(const ReluBackward&);
+  void relu_backward(const ReluBackward&);    \
+  void swish_relu_forward(const SwishReluForward&);      \
+  void swish_relu_backward(const SwishReluBackward&);    \
+  void smooth_relu_forward(const SmoothReluForward&);    \
+  void smooth_relu_backward(const SmoothReluBackward&);  \
+  void dyrelu_forward(const DyReluForward&);             \
+  void dyrelu_backward(const DyReluBackward&);
 // clang-format on
 
 // On a CPU alone.
@@ -203,6 +272,8 @@ SPARTA_DECLARE_CPU_KERNELS
 namespace cuda {
 SPARTA_DECLARE_KERNELS
 int64_t gate_backward_scratch(const GateShape&, DType, const Place&);  // bytes, for partial sums
+int64_t smooth_relu_backward_scratch(int64_t elements, DType, const Place&);  // likewise
+int64_t dyrelu_backward_scratch(const DyReluShape&, DType, const Place&);     // likewise
 }
 
 }  // namespace sparta

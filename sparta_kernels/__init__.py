@@ -15,11 +15,14 @@ from sparta_kernels.memory import keep_freed_memory
 from sparta_kernels.ops import (
     AttentionWeights,
     dynamic_conv,
+    dyrelu,
     pgd_start_,
     pgd_step_,
+    smooth_relu,
     sparta_activation,
     sparta_attention,
     sparta_gate,
+    swish_relu,
 )
 
 __all__ = [
@@ -27,11 +30,14 @@ __all__ = [
     "__version__",
     "build_info",
     "dynamic_conv",
+    "dyrelu",
     "keep_freed_memory",
     "pgd_start_",
     "pgd_step_",
+    "smooth_relu",
     "sparta_activation",
     "sparta_attention",
     "sparta_gate",
+    "swish_relu",
     "use_backend",
 ]

@@ -13,7 +13,7 @@ from sparta_kernels.backends import choices, native
 from sparta_kernels.ops.attention_kernels import fused_backend
 from sparta_kernels.ops.checks import FLOATS
 
-OPERATIONS = ("sparta_gate", "dynamic_conv", "pgd_step_", "pgd_start_")
+OPERATIONS = ("sparta_gate", "dynamic_conv", "pgd_step_", "pgd_start_", "swish_relu", "smooth_relu", "dyrelu")
 ATTENTION = ("sparta_attention", "sparta_activation")  # whose kernels are not for every dtype
 
 

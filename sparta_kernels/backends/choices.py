@@ -22,6 +22,8 @@ COLUMNS = ("operation", "capability", "dtype", "layout", "elements", "backend")
 OPERATIONS = (
     *("gate_forward", "gate_backward", "conv_forward", "conv_backward"),
     *("pgd_step", "pgd_start", "relu_forward", "relu_backward"),
+    *("swish_relu_forward", "swish_relu_backward", "smooth_relu_forward", "smooth_relu_backward"),
+    *("dyrelu_forward", "dyrelu_backward"),
 )
 BACKENDS = ("native", "triton")
 UNMEASURED = "native"
@@ -88,8 +90,8 @@ def told(capability: str) -> dict[str, str]:
 
 
 def layout_of(operation: str, tensor: Tensor) -> str:
-    """ "planar" or "channels_last" for the gate's x; the other operations are "any"."""
-    if not operation.startswith("gate"):
+    """ "planar" or "channels_last" for the gate's and dyrelu's x; the other operations are "any"."""
+    if not operation.startswith(("gate", "dyrelu")):
         return "any"
     return "planar" if is_planar(tensor.shape, tensor.stride()) else "channels_last"
 

@@ -377,3 +377,14 @@ def attention_backward_(
 
 def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+# Made of what stands above, and told from here: this module is the backend.
+from sparta_kernels.backends.native_activations import (  # noqa: E402, F401
+    dyrelu_backward,
+    dyrelu_forward,
+    smooth_relu_backward,
+    smooth_relu_forward,
+    swish_relu_backward,
+    swish_relu_forward,
+)

@@ -44,6 +44,21 @@ def batched(operation: Any) -> None:
     torch.library.register_vmap(operation, rule, lib=_library)
 
 
+def one_by_one(operation: Any) -> None:
+    """Teach torch.vmap an operation of any tensors: it is called for one slice of the new axis after the other."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        def slices(i: int) -> list[Any]:
+            return [value if dim is None else value.select(dim, i) for value, dim in zip(args, in_dims, strict=True)]
+
+        outputs = [operation(*slices(i)) for i in range(info.batch_size)]
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs), 0
+        return tuple(torch.stack(values) for values in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+
+    torch.library.register_vmap(operation, rule, lib=_library)
+
+
 def fill(gradient: Tensor | None, like: Tensor) -> Tensor:
     """Operations return a fixed number of tensors: an empty one stands for a gradient that nobody asked for."""
     return like.new_empty(0) if gradient is None else gradient
@@ -91,25 +106,28 @@ def second_order(
 def differentiable(
     name: str,
     forward: Callable[..., Tensor],
-    backward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., Tensor | tuple[Tensor, ...]],
     reference: Callable[..., Tensor],
     count: int,
+    vmap_rule: Callable[[Any], None] = batched,
 ) -> Callable[..., Tensor]:
     """Join an operation's two raw halves, which torch cannot differentiate, into one function that it can.
 
     Args:
         name: what the operation is called in a graph, e.g. ``grad_fn=<SpartaGateBackward>``.
         forward: ``forward(*tensors, *options, backend)``.
-        backward: ``backward(grad, *tensors, *options, wanted, backend)`` with one gradient for each of `tensors`.
+        backward: ``backward(grad, *tensors, *options, wanted, backend)`` with one gradient for each of `tensors`;
+            the gradient itself where there is one tensor.
         reference: ``reference(*tensors, *options)`` in plain PyTorch: what second derivatives are taken of.
         count: how many tensors there are; each may be None.
+        vmap_rule: registers one for an operation: `batched` or `one_by_one`.
 
     Returns:
         A function of ``(*tensors, *options, backend)``.
     """
 
-    batched(forward)
-    batched(backward)
+    vmap_rule(forward)
+    vmap_rule(backward)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:count])
@@ -124,6 +142,8 @@ def differentiable(
             grads = backward(*args)
         else:
             grads = Backward.apply(*args)
+        if isinstance(grads, Tensor):
+            grads = (grads,)
         found = (value if want else None for value, want in zip(grads, wanted, strict=True))
         return *found, *(None for _ in ctx.options), None
 
