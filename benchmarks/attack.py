@@ -23,7 +23,8 @@ import timing
 import torch
 from attack_breakdown import PARTS, breakdown
 from attack_candidates import EPS, OURS, ROW, STEP, THEIRS, Entry, Settings, WrongResult
-from attack_sides import OtherProcessFailed, Sides
+from attack_sides import Sides
+from other_process import OtherProcessFailed
 from rich.console import Console
 
 from sparta_kernels import keep_freed_memory

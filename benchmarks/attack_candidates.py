@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from other_process import WrongResult
 from torch import Tensor, nn
 
 from sparta_kernels import attack, reference, use_backend
@@ -40,10 +41,6 @@ OURS = {
 LIBRARIES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "art": "art"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TOLERANCE = 0.01  # of the norm: sums in another order differ, and a ReLU near 0 may then pass a gradient or not
-
-
-class WrongResult(AssertionError):
-    """A candidate does not compute what it should."""
 
 
 class Entry(NamedTuple):

@@ -16,7 +16,15 @@ import torch
 from sparta_kernels import backends
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-NAMES = ("attack", "attack_breakdown", "attack_candidates", "attack_options", "attack_report", "attack_sides")
+NAMES = (
+    "attack",
+    "attack_breakdown",
+    "attack_candidates",
+    "attack_options",
+    "attack_report",
+    "attack_sides",
+    "other_process",
+)
 TINY = ("--batch", "2", "--width", "4", "--steps", "3", "--rounds", "3", "--threads", "1")
 
 
@@ -266,16 +274,16 @@ def test_nothing_is_done_again(modules, attack, tmp_path, monkeypatch, capsys):
 
 def test_the_other_process(modules):
     """It answers, says what is wrong there, and says that it has died."""
-    candidates, sides = modules["attack_candidates"], modules["attack_sides"]
-    other = sides.OtherProcess(candidates.Settings("cpu", 4, 3, 1), 2)
+    candidates, others = modules["attack_candidates"], modules["other_process"]
+    other = others.OtherProcess(candidates.Bench, candidates.Settings("cpu", 4, 3, 1), 2)
     try:
         seconds, faults = other.call("turn", candidates.Entry("relu", "fp32", "loop"))
         assert 0 < seconds < 60
         assert faults >= 0
-        with pytest.raises(sides.OtherProcessFailed, match="KeyError: 'nobody'"):
+        with pytest.raises(others.OtherProcessFailed, match="KeyError: 'nobody'"):
             other.call("turn", candidates.Entry("relu", "fp32", "nobody"))
         os.kill(other._process.pid, signal.SIGKILL)
-        with pytest.raises(sides.OtherProcessFailed, match="ended with status -9"):
+        with pytest.raises(others.OtherProcessFailed, match="ended with status -9"):
             other.call("turn", candidates.Entry("relu", "fp32", "loop"))
     finally:
         other.close()
