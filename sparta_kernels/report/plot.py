@@ -11,7 +11,7 @@ from typing import Any
 from ..data.files import write_atomically
 
 # Okabe and Ito's colours: told apart with any colour vision, and in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
@@ -49,7 +49,7 @@ def plot_losses(path: str | os.PathLike[str], document: Mapping[str, Any]) -> No
     for i, (name, row) in enumerate(models.items()):
         mean, std = row["loss_mean"], row["loss_std"]
         iterations = range(len(mean))
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
         label = f"{name}: clean error {row['clean_error']:.1%}, PGD-{settings['steps']} {_last(row):.1%}"
         axes.plot(iterations, mean, color=colour, label=label)
         low = [max(0.0, m - s) for m, s in zip(mean, std, strict=True)]
@@ -70,6 +70,11 @@ def plot_losses(path: str | os.PathLike[str], document: Mapping[str, Any]) -> No
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    save_figure(path, figure)
+
+
+def save_figure(path: str | os.PathLike[str], figure: Any) -> None:
+    """Write a matplotlib figure whole or not at all, in the format of the path's ending."""
     image = io.BytesIO()
     figure.savefig(image, format=Path(path).suffix[1:].lower())
     write_atomically(path, image.getvalue())
