@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .dataset import SPLITS, Dataset
+from .augment import augment
+from .dataset import SPLITS, DataError, Dataset
 from .digits import DIGITS
 
 DATASETS = {dataset.name: dataset for dataset in (DIGITS,)}
@@ -44,4 +45,4 @@ def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "tr
     return dataset.read(None if root is None else Path(root), split)
 
 
-__all__ = ["DATASETS", "SPLITS", "Dataset", "describe", "load"]
+__all__ = ["DATASETS", "SPLITS", "DataError", "Dataset", "augment", "describe", "load"]

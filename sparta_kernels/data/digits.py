@@ -41,4 +41,13 @@ def _rows(labels: np.ndarray, split: str) -> np.ndarray:
     return np.sort(test) if split == "test" else np.setdiff1d(np.arange(len(labels)), test)
 
 
-DIGITS = Dataset(name="digits", classes=10, shape=(1, 8, 8), mean=(0.3058,), std=(0.3762,), read=_read)
+DIGITS = Dataset(
+    name="digits",
+    classes=10,
+    shape=(1, 8, 8),
+    mean=(0.3058,),
+    std=(0.3762,),
+    read=_read,
+    train_images=1437,
+    test_images=TEST_IMAGES,
+)
