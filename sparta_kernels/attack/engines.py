@@ -36,15 +36,20 @@ class Engine(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What an iteration does: a step within `eps` (pixel units both), down the loss if `targeted`, else up."""
+    """What an iteration does: a step within `eps` (pixel units both), down the loss if `targeted`, else up.
+
+    `soft` tells that the loss is taken to a distribution, not to a class.
+    """
 
     eps: float
     step_size: float
     targeted: bool
+    soft: bool = False
 
 
 _Outputs = tuple[Tensor, Tensor]  # logits (N, classes) and losses (N,)
-Goal = Callable[[int], Tensor]  # the classes whose cross-entropy is driven, of a model with so many classes
+# What the cross-entropy to is driven: classes (N,) or probabilities (N, classes), of a model with so many classes.
+Goal = Callable[[int], Tensor]
 
 
 def choose(engine: str, model: nn.Module, device: torch.device) -> Engine:
@@ -86,7 +91,7 @@ class Eager:
     Attributes:
         clean: the images.
         adversarial: the iterate, rewritten in place.
-        classes: what the cross-entropy is taken to, (N,); None before the model has been called.
+        goal: what the cross-entropy is taken to, (N,) or (N, classes); None before the model has been called.
         finite: whether all gradients were finite so far, on the device.
     """
 
@@ -97,12 +102,12 @@ class Eager:
         # Gradients of 16 bits with 5 of exponent would vanish; a step takes their sign alone, so nothing is undone.
         self._scale = 1024.0 if prepared and model.precision == "fp16" else 1.0
         self._format: torch.memory_format = model.memory_format if prepared else torch.preserve_format  # type: ignore[assignment]
-        self.classes: Tensor | None = None
+        self.goal: Tensor | None = None
 
     def begin(self, images: Tensor, goal: Goal) -> Tensor:
         """Take new images; returns the iterate, which holds them until something else is written there."""
         self.clean = images.contiguous(memory_format=self._format) if self._format != torch.preserve_format else images
-        self._goal, self.classes = goal, None
+        self._make_goal, self.goal = goal, None
         self.adversarial = self.clean.clone()
         self.finite = torch.ones((), dtype=torch.bool, device=images.device)
         return self.adversarial
@@ -136,9 +141,10 @@ class Eager:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _losses(self, logits: Tensor) -> Tensor:
-        if self.classes is None:
-            self.classes = self._goal(logits.shape[1])
-        return F.cross_entropy(logits, self.classes, reduction="none")
+        if self.goal is None:
+            goal = self._make_goal(logits.shape[1])
+            self.goal = goal.to(logits.dtype) if goal.is_floating_point() else goal
+        return F.cross_entropy(logits, self.goal, reduction="none")
 
 
 class Graph:
@@ -190,8 +196,8 @@ class _Captured:
             self.classes = loop.look()[0].shape[1]
 
         capture.warm_up(warm_up)
-        assert loop.classes is not None
-        self.clean, self.adversarial, self.goal = loop.clean, loop.adversarial, loop.classes
+        assert loop.goal is not None
+        self.clean, self.adversarial, self.goal = loop.clean, loop.adversarial, loop.goal
         self.finite = loop.finite
         try:
             self.iterate, self.look = capture(loop.iterate), capture(loop.look)

@@ -58,10 +58,12 @@ def pgd(
         report_at: iterates whose predictions are kept, rising, each in 0..steps (0 is the start). None: 10, 30 and 50
             as far as `steps` reaches, and the last.
         targets: (N,) integers, each unlike the label. None: drawn for each image, uniformly among the wrong
-            classes.
+            classes. With targeted=False: (N, classes) probabilities in float32 or float64, a distribution for each
+            image that it is driven away from in the label's place; the gradient of the cross-entropy to softmax(f(x))
+            is that of the Kullback-Leibler divergence from it, which TRADES (Zhang et al. 2019) maximises.
         seed: 0..2**63 - 1.
         indices: (N,) integers >= 0, the images' places in their data set. None: 0..N-1.
-        targeted: False drives each image away from its label, and takes no targets.
+        targeted: False drives each image away from its label, or from the distribution in `targets`.
         random_start: start uniformly within +-eps of the image (then clamped to [0, 1]); False starts on it.
         restarts: how often to attack, each time with other noise and targets; the result is the worst case.
         restart: the first one's number; the last one's must be below 2**24 (training uses the epoch).

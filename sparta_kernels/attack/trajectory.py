@@ -26,8 +26,8 @@ class PGDResult:
         predictions: for each reported iterate, in rising order, the predicted classes, int64 (N,), in float32
             whatever the attack's precision.
         hits: for each reported iterate, whether the prediction is the target, bool (N,); empty if untargeted.
-        losses: cross-entropy to the target (untargeted: to the label) at every iterate 0..steps, (steps + 1,
-            N), in the attack's precision.
+        losses: cross-entropy to the target (untargeted: to the label, or the distribution given) at every iterate
+            0..steps, (steps + 1, N), in the attack's precision.
         engine: what ran the iterations, and why that.
 
     Of several restarts these are the worst: predictions[k] is that of the first restart that is misclassified at
@@ -71,17 +71,17 @@ class Trajectory:
         checks.model(where, model, images)
         self.images = checks.images(where, images)
         self.labels = checks.integers(where, "labels", labels, images)
+        checks.flag(where, "targeted", targeted)
+        self.targets = None if targets is None else _targets(where, targets, images, targeted)
         self.step = Step(
             checks.pixels(where, "eps", eps),
             checks.step(where, "step_size", step_size),
-            checks.flag(where, "targeted", targeted),
+            targeted,
+            soft=self.targets is not None and not targeted,
         )
         self.steps = checks.integer(where, "steps", steps, low=1)
         self.seed = checks.seed(where, seed)
         self.random_start = checks.flag(where, "random_start", random_start)
-        self.targets = None if targets is None else checks.integers(where, "targets", targets, images)
-        if targets is not None and not targeted:
-            raise ValueError(f"{where}: targets must be None when targeted=False, got a tensor")
         if indices is None:
             indices = torch.arange(len(images), device=images.device)
         self.indices = checks.integers(where, "indices", indices, images)
@@ -147,11 +147,15 @@ class Trajectory:
         )
 
     def _goal(self, classes: int, restart: int) -> Tensor:
-        """The class whose cross-entropy is driven down (targeted) or up, checked against the model's classes."""
+        """What the cross-entropy to is driven down (targeted) or up, checked against the model's classes."""
         labels, targets = self.labels, self.targets
         checks.within("pgd", "labels", labels, classes)
         if not self.step.targeted:
-            return labels
+            if targets is None:
+                return labels
+            if targets.shape[1] != classes:
+                raise ValueError(f"pgd: targets must have the model's {classes} classes, got {tuple(targets.shape)}")
+            return targets
         if targets is None:
             return reference.pgd_targets(labels, classes, self.indices, seed=self.seed, restart=restart)
         checks.within("pgd", "targets", targets, classes)
@@ -159,6 +163,19 @@ class Trajectory:
         if same:
             raise ValueError(f"pgd: targets must differ from the labels, got {same} of {len(labels)} that are equal")
         return targets
+
+
+def _targets(where: str, value: object, images: Tensor, targeted: bool) -> Tensor:
+    """Classes (N,) to be driven to, or distributions (N, classes) to be driven away from."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not targeted and isinstance(value, Tensor):
+            raise ValueError(
+                f"{where}: targets must be None, or probabilities, when targeted=False, got a tensor of {value.dtype}"
+            )
+        return checks.integers(where, "targets", value, images)
+    if targeted:
+        raise TypeError(f"{where}: targets must have an integer dtype when targeted=True, got {value.dtype}")
+    return checks.distributions(where, "targets", value, images)
 
 
 def _in_precision(where: str, model: nn.Module, precision: str | None, engine: str) -> nn.Module:
