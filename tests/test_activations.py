@@ -235,7 +235,7 @@ SIZES = {
     "maxout": (698_240, None, None),
     "se": (44_540, None, None),
     "sparta": (811_528, "11.99", None),  # the paper's 22.11 cannot come from the same four sites
-    "sparta-static": (679_048, None, None),
+    "sparta-static": (657_160, None, None),
 }
 
 
@@ -300,24 +300,18 @@ def test_memory_format_dtype_and_odd_sizes(activation, channels):
     assert low.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("activation", PARAMETERS)
+@pytest.mark.parametrize("activation", ["smooth-relu", "dyrelu", "feature-denoising", "maxout", "se"])
 def test_reset_parameters_starts_anew(activation):
-    module = made(activation)
-    if not PARAMETERS[activation]:
-        return
+    module = made(activation).float()
     torch.manual_seed(11)
     module.reset_parameters()
     torch.manual_seed(11)
-    again = copy.deepcopy(module)
-    again.reset_parameters()
-    torch.manual_seed(11)
     new = make_activation(activation, CHANNELS)
-    if activation == "feature-denoising":  # its parts draw before they are drawn anew
+    if activation == "feature-denoising":  # whose parts draw before they are drawn anew
         torch.manual_seed(11)
         new.reset_parameters()
     for name, value in new.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name].to(value.dtype), value)
-        assert torch.equal(again.state_dict()[name], module.state_dict()[name])
+        assert torch.equal(module.state_dict()[name], value), name
 
 
 def test_where_activations_start():
