@@ -67,7 +67,7 @@ def test_facts_are_true(splits):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (("imagenet",), ValueError, "name must be one of digits, got 'imagenet'"),
+        (("imagenet",), ValueError, "name must be one of digits, cifar10, svhn, tiny-imagenet, got 'imagenet'"),
         ((None,), ValueError, "name must"),
         (("digits", None, "validation"), ValueError, "split must be one of train, test"),
         (("digits", 3), TypeError, "root must be a path"),

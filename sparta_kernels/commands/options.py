@@ -49,7 +49,10 @@ def pixels(help: str) -> Any:
 
 
 DataName = Annotated[str, typer.Option("--data", help=f"Data set: {', '.join(data.DATASETS)}.")]
-Root = Annotated[Path | None, typer.Option(help="Folder with the data set's files, where it needs one.")]
+Root = Annotated[
+    Path | None,
+    typer.Option(help="Folder with the data set's files, as `sparta data fetch` leaves them; digits need none."),
+]
 Eps = Annotated[Any, pixels("Radius of the attack")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Device = Annotated[

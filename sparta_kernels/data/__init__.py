@@ -8,10 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from .augment import augment
+from .cifar10 import CIFAR10
 from .dataset import SPLITS, DataError, Dataset
 from .digits import DIGITS
+from .svhn import SVHN
+from .tiny_imagenet import TINY_IMAGENET
 
-DATASETS = {dataset.name: dataset for dataset in (DIGITS,)}
+DATASETS = {dataset.name: dataset for dataset in (DIGITS, CIFAR10, SVHN, TINY_IMAGENET)}
 
 
 def describe(name: str) -> Dataset:
@@ -26,15 +29,17 @@ def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "tr
 
     Args:
         name: "digits" (scikit-learn's 1797 handwritten digits of 8x8: 1437 to train, 360 to test,
-            stratified).
-        root: folder with the data set's files; digits need none.
+            stratified), "cifar10", "svhn" or "tiny-imagenet", whose validation images are its test split.
+        root: folder with the data set's files, as `sparta data fetch` leaves them or extracted, or with a
+            folder of the data set's name that has them; digits need none.
         split: "train" or "test".
 
     Returns:
-        Images, uint8 (N, C, H, W), and labels, int64 (N,).
+        Images, uint8 (N, C, H, W), and labels, int64 (N,), always in the same order.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
+        DataError: a file is missing, damaged or not what it should be; the message says what to put where.
         ImportError: the data set needs a package that is not installed.
     """
     dataset = describe(name)

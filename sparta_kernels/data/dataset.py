@@ -62,7 +62,7 @@ def missing(name: str, root: Path, wanted: str) -> DataError:
 
 def damaged(name: str, path: str | Path, what: str, root: str | Path = "DIR") -> DataError:
     """The error for a file that is there but wrong; `what` says how."""
-    return DataError(f"{name}: {path}: {what}; put an intact copy in its place, or remove it and {_fetch(name, root)}")
+    return DataError(f"{name}: {path}: {what}; put an intact copy in its place, or remove it: {_fetch(name, root)}")
 
 
 def _fetch(name: str, root: str | Path) -> str:

@@ -33,11 +33,17 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     Raises:
         OSError: it cannot be written; the old file, if any, is untouched.
     """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file to write instead of `path`, whose place it takes, whole and for good, once the block has ended well."""
     path = Path(path)
     with _temporary(path) as temporary:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     if os.name == "posix":  # the rename itself is only safe once its folder is
