@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from sparta_kernels import attack
+from sparta_kernels.attack.casting import convert
 from sparta_kernels.nn import (
     ACTIVATIONS,
     DyReLU,
@@ -408,6 +409,8 @@ def test_prepared_for_attack(activation):
 def test_prepared_in_bf16(activation):
     model = network(activation)
     prepared, x = attack.prepare(model, precision="bf16"), torch.rand(3, 3, 8, 8, requires_grad=True)
+    casts = [node.args[1] for node in prepared.network.graph.nodes if node.target is convert]
+    assert all(dtype == torch.bfloat16 for dtype in casts)  # nothing on the way is made 32 bits
     y = prepared(x)
     (gx,) = torch.autograd.grad(y.sum(), x)
     assert y.dtype == gx.dtype == torch.float32

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..ops import dyrelu, smooth_relu, swish_relu
+
 # Functions whose operands must be of one dtype.
 _PRODUCTS = {
     F.linear,
@@ -37,6 +39,7 @@ _PRODUCTS = {
     "baddbmm",
 }
 _IN_FLOAT32 = {F.prelu, F.grid_sample, torch.prelu}  # want one dtype too, and are not worth fewer bits
+_ANY_DTYPE = {dyrelu, smooth_relu, swish_relu}  # and for their other operands another one
 _PLAIN = ("torch", "_operator", "operator", "builtins", "math")  # where functions that take any dtype come from
 
 
@@ -60,7 +63,7 @@ class InDtype(nn.Module):
 def cast_functions(graph: fx.Graph, named: dict[str, Any], dtype: torch.dtype) -> set[str]:
     """Let the model's own functions compute products in `dtype`.
 
-    Functions that are not torch's, of which nothing is known, are given float32.
+    Functions that are neither torch's nor ours, of which nothing is known, are given float32.
 
     Returns:
         The names of the model's parameters that only products read: these are to be made in `dtype` beforehand.
@@ -73,15 +76,17 @@ def cast_functions(graph: fx.Graph, named: dict[str, Any], dtype: torch.dtype) -
     for node in list(graph.nodes):
         if node.target in _PRODUCTS:
             _convert_inputs(graph, node, dtype, weights)
-        elif node.target in _IN_FLOAT32 or (
-            node.op == "call_function" and _module_of(node.target).partition(".")[0] not in _PLAIN
-        ):
+        elif node.target in _IN_FLOAT32 or (node.op == "call_function" and not _takes_any_dtype(node.target)):
             _convert_inputs(graph, node, torch.float32, set())
     return weights
 
 
 def _only_in_products(node: fx.Node) -> bool:
     return all(user.target in _PRODUCTS for user in node.users)
+
+
+def _takes_any_dtype(function: Any) -> bool:
+    return function in _ANY_DTYPE or _module_of(function).partition(".")[0] in _PLAIN
 
 
 def _module_of(function: Any) -> str:
