@@ -1,4 +1,4 @@
-"""The command `sparta`: what is installed, training, and robust evaluation."""
+"""The command `sparta`: what is installed, training, robust evaluation, and the papers' tables."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import typer
 
-from .commands import evaluate, info, options, train
+from .commands import evaluate, info, options, reproduce, train
 from .memory import keep_freed_memory
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 app.command()(info.info)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
+app.command()(reproduce.reproduce)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

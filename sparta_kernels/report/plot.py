@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +37,16 @@ def plot_losses(path: str | os.PathLike[str], document: Mapping[str, Any]) -> No
         OSError: `path` cannot be written. ValueError, ImportError: as `check_plot`.
     """
     check_plot(path)
-    from matplotlib.figure import Figure
-
     settings = document["settings"]
-    figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
-    _canvas()(figure)
+    figure = new_figure(7.2, 4.5)
     axes = figure.add_subplot()
     models: dict[str, Mapping[str, Any]] = {}
     for row in document["results"]:
         models.setdefault(row["model"], row)
     for i, (name, row) in enumerate(models.items()):
         mean, std = row["loss_mean"], row["loss_std"]
-        iterations = range(len(mean))
-        colour = COLOURS[i % len(COLOURS)]
         label = f"{name}: clean error {row['clean_error']:.1%}, PGD-{settings['steps']} {_last(row):.1%}"
-        axes.plot(iterations, mean, color=colour, label=label)
-        low = [max(0.0, m - s) for m, s in zip(mean, std, strict=True)]
-        high = [m + s for m, s in zip(mean, std, strict=True)]
-        axes.fill_between(iterations, low, high, color=colour, alpha=0.18, linewidth=0)
+        draw_losses(axes, mean, std, colour=COLOURS[i % len(COLOURS)], label=label)
     axes.set_xlim(0, settings["steps"])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("PGD iteration")
@@ -73,8 +65,28 @@ def plot_losses(path: str | os.PathLike[str], document: Mapping[str, Any]) -> No
     save_figure(path, figure)
 
 
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of this size in inches, which needs no display. ImportError without matplotlib."""
+    canvas_kind = _canvas()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    canvas_kind(figure)
+    return figure
+
+
+def draw_losses(axes: Any, mean: Sequence[float], std: Sequence[float], *, colour: str, label: str) -> None:
+    """The loss at iterations 0, 1, ...: a line, and a shade one standard deviation to both sides, cut off at 0."""
+    axes.plot(range(len(mean)), mean, color=colour, label=label)
+    low = [max(0.0, m - s) for m, s in zip(mean, std, strict=True)]
+    high = [m + s for m, s in zip(mean, std, strict=True)]
+    axes.fill_between(range(len(mean)), low, high, color=colour, alpha=0.14, linewidth=0)
+    for edge in (low, high):
+        axes.plot(range(len(mean)), edge, color=colour, alpha=0.4, linewidth=0.7)
+
+
 def save_figure(path: str | os.PathLike[str], figure: Any) -> None:
-    """Write a matplotlib figure whole or not at all, in the format of the path's ending."""
+    """Write it whole, in the format of the path's ending. OSError if it cannot be written."""
     image = io.BytesIO()
     figure.savefig(image, format=Path(path).suffix[1:].lower())
     write_atomically(path, image.getvalue())
