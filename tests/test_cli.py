@@ -15,7 +15,7 @@ from torch._inductor.exc import InductorError
 
 from sparta_kernels import cli, data, evaluation, report, training
 from sparta_kernels.commands import launch, options
-from sparta_kernels.training import loop
+from sparta_kernels.training import step
 
 TRAIN = [
     "--width",
@@ -223,7 +223,7 @@ def test_missing_packages(checkpoint, tmp_path, capsys, monkeypatch):
 
 def test_ctrl_c_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
     path = tmp_path / "net.safetensors"
-    attack, calls = loop.attack.perturb, []
+    attack, calls = step.attack.perturb, []
 
     def interrupt(*args, **keywords):
         calls.append(1)
@@ -231,7 +231,7 @@ def test_ctrl_c_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return attack(*args, **keywords)
 
-    monkeypatch.setattr(loop.attack, "perturb", interrupt)
+    monkeypatch.setattr(step.attack, "perturb", interrupt)
     stop_at = 1
     code, err = one_line(["train", path, *TRAIN], capsys)
     assert code == 130
@@ -253,7 +253,7 @@ def test_ctrl_c_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
 
 def test_divergence_and_full_disks_fail_with_a_message(checkpoint, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate", lambda *_: 1e30)
+        patch.setattr(step, "learning_rate", lambda *_: 1e30)
         code, err = one_line(["train", tmp_path / "net", *TRAIN], capsys)
         assert code == 1
         assert "try a lower --learning-rate" in err

@@ -17,8 +17,8 @@ from torch import nn
 from sparta_kernels.attack import pgd
 from sparta_kernels.evaluation import Outcomes, OutcomesError, evaluate, outcomes
 from sparta_kernels.evaluation.digest import model_digest
-from sparta_kernels.evaluation.processes import Processes
 from sparta_kernels.nn import Sparta
+from sparta_kernels.processes import Processes
 
 CLASSES, IMAGES = 4, 10
 SETTINGS = {"eps": 0.2, "step_size": 0.05, "steps": 3, "report_at": (1, 3), "batch_size": 4, "seed": 5}

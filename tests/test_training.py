@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sparta_kernels import data, training
-from sparta_kernels.training import CheckpointError, Settings, TrainingDiverged, load_checkpoint, loop, train
+from sparta_kernels.training import CheckpointError, Settings, TrainingDiverged, load_checkpoint, step, train
 from sparta_kernels.training.schedule import learning_rate
 
 IMAGES = 50
@@ -112,7 +112,7 @@ def test_what_the_attack_is_given(path, monkeypatch):
         calls.append((images, labels, keywords))
         return images
 
-    monkeypatch.setattr(loop.attack, "perturb", spy)
+    monkeypatch.setattr(step.attack, "perturb", spy)
     train(Settings(**TINY | {"epochs": 12, "seed": 1}), path)
     images, labels = data.load("digits")
     orders = []
@@ -133,7 +133,7 @@ def test_what_the_attack_is_given(path, monkeypatch):
 
 
 def test_standard_training_makes_no_attack(path, monkeypatch):
-    monkeypatch.setattr(loop.attack, "perturb", None)
+    monkeypatch.setattr(step.attack, "perturb", None)
     batches, epochs = [], []
     settings = Settings(**TINY | {"attack": "none", "epochs": 2})
     history = train(settings, path, on_batch=batches.append, on_epoch=epochs.append)
@@ -158,7 +158,7 @@ def test_the_schedule_runs_over_all_epochs(path, monkeypatch):
         steps.append((step, count))
         return 0.01 * step
 
-    monkeypatch.setattr(loop, "learning_rate", spy)
+    monkeypatch.setattr(step, "learning_rate", spy)
     history = train(Settings(**TINY | {"attack": "none"}), path)
     assert steps == [(step, 4) for step in range(12)]
     assert [epoch.learning_rate for epoch in history] == pytest.approx([0.03, 0.07, 0.11])
@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(settings, path, on_epoch=_stop_after(1))
     good = path.read_bytes()
-    monkeypatch.setattr(loop, "learning_rate", lambda *_: 1e30)
+    monkeypatch.setattr(step, "learning_rate", lambda *_: 1e30)
     with pytest.raises(TrainingDiverged, match=r"in epoch 2, batch 2 of 4.*"):
         train(settings, path, resume=True)
     assert path.read_bytes() == good
@@ -194,8 +194,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(path, monkeypatch):
 def test_ruined_weights_are_never_stored(path, monkeypatch):
     # The loss of the last batch is still finite; only the weights after it are not.
     rates = iter([0.0, 0.0, 0.0, float("inf")])
-    monkeypatch.setattr(loop, "learning_rate", lambda *_: next(rates))
-    with pytest.raises(TrainingDiverged, match="is not finite after epoch 1"):
+    monkeypatch.setattr(step, "learning_rate", lambda *_: next(rates))
+    with pytest.raises(TrainingDiverged, match="is not finite after step 4 of epoch 1"):
         train(Settings(**TINY), path)
     assert not path.exists()
 

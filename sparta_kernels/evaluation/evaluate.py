@@ -18,12 +18,12 @@ from ..backends import choose, use_backend
 from ..data.files import check_writable
 from ..machine import device_name
 from ..memory import keep_freed_memory
+from ..processes import Processes
 from . import result
 from .batch_size import BatchSize, find_batch_size
 from .batches import Attacker
 from .digest import data_digest, model_digest
 from .outcomes import Outcomes
-from .processes import Processes
 from .result import Evaluation
 from .run import Progress, run
 from .store import Store

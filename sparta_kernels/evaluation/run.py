@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..processes import Processes
 from . import result
 from .batch_size import BatchSize
 from .batches import Attacker, batches
 from .memory import PeakMemory
 from .outcomes import Outcomes
-from .processes import Processes
 from .store import Store
 
 

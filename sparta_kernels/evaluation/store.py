@@ -7,8 +7,8 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from ..processes import Processes
 from .outcomes import Outcomes, OutcomesError
-from .processes import Processes
 
 # Not compared when a run is taken up: it is known only once the attack has run, and compared then.
 _LATE = {"engine_used"}

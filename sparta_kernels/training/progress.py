@@ -13,7 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .loop import Batch, Epoch
+from .history import Batch, Epoch
 from .settings import Settings
 
 

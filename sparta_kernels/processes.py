@@ -1,4 +1,4 @@
-"""The processes that share an evaluation: one, or those of torch.distributed's process group."""
+"""The processes that share a piece of work: one, or those of torch.distributed's process group."""
 
 from __future__ import annotations
 
@@ -45,6 +45,23 @@ class Processes:
     def largest(self, number: float) -> float:
         """The largest of all."""
         return float(self._reduce(torch.tensor(number, dtype=torch.float64), "MAX"))
+
+    def sums(self, numbers: torch.Tensor) -> list[float]:
+        """Those numbers, (n,), summed over all in float64; the only time that the host waits for them."""
+        numbers = numbers.double()
+        if self.count > 1:
+            numbers = numbers.to(self._device)
+            dist.all_reduce(numbers)
+        return numbers.tolist()
+
+    def copy_from_first(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give tensors of one dtype, in place, the values that they have in process 0."""
+        if self.count == 1 or not tensors:
+            return
+        together = torch.cat([tensor.flatten() for tensor in tensors]).to(self._device)
+        dist.broadcast(together, 0)
+        for tensor, values in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(values.view(tensor.shape))
 
     def combine(self, array: np.ndarray) -> np.ndarray:
         """What each has of an array of which every element is 0 in all processes but one, bit for bit."""

@@ -1,0 +1,60 @@
+"""What a training run tells of its batches and epochs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A training step that is done. `error` is on the images trained on, adversarial or not."""
+
+    epoch: int
+    number: int
+    batches: int
+    images: int
+    loss: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch that is done and stored.
+
+    Attributes:
+        epoch: its number, from 1.
+        loss, error: mean over the images trained on (adversarial ones in adversarial training), while
+            training.
+        clean_error: share of the test images misclassified after the epoch; by the average of the weights, where
+            one is kept.
+        images_per_second: of the epoch's training.
+        learning_rate: of its last step.
+        robust_error: the same of the first test images under attack; None where that was not asked for.
+    """
+
+    epoch: int
+    loss: float
+    error: float
+    clean_error: float
+    images_per_second: float
+    learning_rate: float
+    robust_error: float | None = None
+
+
+@dataclass
+class Position:
+    """How far an epoch has come.
+
+    Attributes:
+        step: its steps that are done.
+        loss: summed over their images.
+        wrong: how many of those were misclassified.
+        rate: the learning rate of the last step.
+        seconds: that the steps took.
+    """
+
+    step: int = 0
+    loss: float = 0.0
+    wrong: int = 0
+    rate: float = 0.0
+    seconds: float = 0.0
