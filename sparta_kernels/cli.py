@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from .commands import evaluate, info, options, reproduce, train
+from .commands import data, evaluate, info, options, reproduce, train
 from .memory import keep_freed_memory
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
@@ -15,6 +15,7 @@ app.command()(info.info)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(reproduce.reproduce)
+app.add_typer(data.app, name="data")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

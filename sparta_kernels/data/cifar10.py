@@ -95,7 +95,7 @@ def _from_archive(path: Path, version: _Version, split: str) -> dict[str, bytes]
     contents: dict[str, bytes] = {}
     try:
         with gzip.open(path) as unpacked:
-            with tarfile.open(fileobj=unpacked, mode="r|") as archive:
+            with tarfile.open(fileobj=unpacked, mode="r|", bufsize=1 << 20) as archive:
                 for member in archive:
                     name = wanted.get(member.name.removeprefix("./"))
                     if name is None or not member.isfile():

@@ -1,6 +1,6 @@
 """Tiny-ImageNet (Stanford CS231n): 110,000 labelled images of 64x64 in 200 classes, from the zip or extracted.
 
-Decoding takes some ten seconds, so the pixels are kept in a safetensors file beside the source: 1.2 GB for the
+Decoding takes tens of seconds, so the pixels are kept in a safetensors file beside the source: 1.2 GB for the
 training images, 0.1 GB for the others. It names the source that it was made from; another source's is made anew.
 """
 
