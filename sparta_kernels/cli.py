@@ -12,7 +12,7 @@ from .memory import keep_freed_memory
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 app.command()(info.info)
-app.command()(train.train)
+app.command(cls=options.Grouped)(train.train)
 app.command()(evaluate.evaluate)
 app.command()(reproduce.reproduce)
 app.add_typer(data.app, name="data")

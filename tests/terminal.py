@@ -8,6 +8,9 @@ from typer.testing import CliRunner
 
 from sparta_kernels import cli, data, training
 
+# A run of moments on the images of `_few_images`: 40, in batches of at most 16, so three steps an epoch.
+TRAIN = ["--width", "2", "--epochs", "2", "--batch-size", "16", "--attack-steps", "1", "--schedule", "one-cycle"]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():

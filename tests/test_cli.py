@@ -10,25 +10,11 @@ import sys
 import pytest
 import torch
 import typer
-from terminal import _few_images, _one_thread, one_line, run, store_network  # noqa: F401 (fixtures)
+from terminal import TRAIN, _few_images, _one_thread, one_line, run, store_network  # noqa: F401 (fixtures)
 from torch._inductor.exc import InductorError
 
-from sparta_kernels import cli, data, evaluation, report, training
+from sparta_kernels import cli, evaluation, report, training
 from sparta_kernels.commands import launch, options
-from sparta_kernels.training import step
-
-TRAIN = [
-    "--width",
-    "2",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "16",
-    "--attack-steps",
-    "1",
-    "--schedule",
-    "one-cycle",
-]
 
 
 @pytest.fixture(scope="module")
@@ -43,76 +29,6 @@ def test_info(tmp_path):
     assert json.loads((tmp_path / "info.json").read_text())["versions"]["torch"] == torch.__version__
     printed = run("info", "--json", "-")
     assert json.loads(printed.stdout)["versions"]["torch"] == torch.__version__
-
-
-def test_train_and_resume(tmp_path):
-    path = tmp_path / "net.safetensors"
-    result = run("train", path, *TRAIN, "--eps", "8/255", "--json", tmp_path / "train.json", "--seed", 3)
-    assert result.exit_code == 0, result.output
-    for words in ("epoch  1", "robust error", "clean test error", "images/s", "ETA"):
-        assert words in result.stderr, words
-    assert "2 epochs, clean test error" in result.stdout
-    saved = json.loads((tmp_path / "train.json").read_text())
-    _, metadata = training.load_checkpoint(path)
-    assert saved["results"]["history"] == metadata["history"]
-    assert saved["settings"] == metadata["settings"]
-    assert metadata["settings"]["eps"] == 8 / 255
-    assert (saved["seed"], saved["settings"]["width"], saved["settings"]["milestones"]) == (3, 2, [30, 60])
-
-    assert run("train", path, *TRAIN, "--eps", "8/255", "--seed", 3, "--resume").exit_code == 0
-    assert run("train", path, *TRAIN, "--overwrite", "--attack", "none", "--milestones", "1,2").exit_code == 0
-    assert training.load_checkpoint(path)[1]["settings"]["milestones"] == [1, 2]
-
-
-TRAIN_WRONG = [
-    ("--data", "imagenet"),
-    ("--model", "vgg"),
-    ("--activation", "tanhh"),
-    ("--sites", "G9.B2"),
-    ("--width", "0"),
-    ("--width", "4097"),
-    ("--width", "100000000"),
-    ("--epochs", "0"),
-    ("--epochs", "many"),
-    ("--batch-size", "1"),
-    ("--learning-rate", "0"),
-    ("--learning-rate", "nan"),
-    ("--schedule", "cosine"),
-    ("--milestones", "1,x"),
-    ("--milestones", "0"),
-    ("--momentum", "1"),
-    ("--weight-decay", "-1"),
-    ("--attack", "fgsm"),
-    ("--eps", "16"),
-    ("--eps", "1/0"),
-    ("--eps", "x"),
-    ("--eps", "nan"),
-    ("--attack-steps", "0"),
-    ("--seed", "-1"),
-    ("--backend", "cudnn"),
-    ("--device", "tpu"),
-    ("--device", "cuda:99"),
-    ("--device", "meta"),
-    ("--threads", "0"),
-    ("--threads", "1025"),
-    ("--json", "{tmp}"),
-    ("--json", "{tmp}/none/out.json"),
-    ("--json", "{tmp}/net.safetensors"),
-    ("--json", "{tmp}/../{tmp.name}/net.safetensors"),
-    ("--unknown", "1"),
-]
-
-
-@pytest.mark.parametrize(("option", "value"), TRAIN_WRONG)
-def test_wrong_training_arguments(tmp_path, capsys, option, value):
-    arguments = ["train", tmp_path / "net.safetensors", "--width", "2", option, value.format(tmp=tmp_path)]
-    code, err = one_line(arguments, capsys)
-    assert code == 2, err
-    assert option in err
-    assert err.count("\n") == 1
-    assert err.startswith("sparta: ")
-    assert not os.listdir(tmp_path)
-    assert run(*arguments).exit_code == 2
 
 
 def test_wrong_info_arguments(tmp_path, capsys):
@@ -154,64 +70,12 @@ def test_outputs_never_overwrite_inputs_or_each_other(checkpoint, tmp_path, caps
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.exists()} == before
 
 
-def test_the_network_is_checked_without_memory(tmp_path, capsys, monkeypatch):
-    built = []
-    build = training.build_model
-    monkeypatch.setattr(training, "build_model", lambda *args: built.append(build(*args)) or built[-1])
-    code, err = one_line(["train", tmp_path / "net", "--width", "4096", "--activation", "tanhh"], capsys)
-    assert (code, built) == (2, []), err
-    monkeypatch.setattr(training, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    code, err = one_line(["train", tmp_path / "net", "--width", "4096"], capsys)
-    assert code == 130, err
-    assert all(tensor.is_meta for tensor in built[0].state_dict().values())
-
-
-def test_zero_is_no_learning_rate(tmp_path, capsys):
-    _, err = one_line(["train", tmp_path / "net", "--learning-rate", "0"], capsys)
-    assert "--learning-rate: must be finite and above 0, got 0.0" in err
-    assert "pixel" not in err
-
-
-def test_a_missing_file_of_the_data_is_not_called_the_checkpoint(tmp_path, capsys, monkeypatch):
-    def missing(*_):
-        raise FileNotFoundError(2, "No such file or directory", "images.bin")
-
-    monkeypatch.setattr(data, "load", missing)
-    code, err = one_line(["train", tmp_path / "net", *TRAIN], capsys)
-    assert code == 1
-    assert "images.bin" in err
-    assert "CHECKPOINT" not in err
-    assert not os.listdir(tmp_path)
-
-
-def test_wrong_checkpoints_to_train(checkpoint, tmp_path, capsys):
-    path = tmp_path / "net.safetensors"
-    path.write_bytes(checkpoint.read_bytes())
-    (tmp_path / "damaged").write_bytes(b"x" * 100)
-    for arguments, words in [
-        ([path], "exists; add --resume or --overwrite"),
-        ([path, "--resume", "--overwrite"], "cannot be combined"),
-        ([path, "--resume", "--width", "3"], "cannot resume with other settings"),
-        ([tmp_path / "none", "--resume"], "there is no such file"),
-        ([tmp_path / "damaged", "--resume"], "damaged"),
-        ([tmp_path], "is a folder"),
-        ([tmp_path / "none" / "net"], "there is no folder"),
-        (["/proc/net.safetensors"], "cannot write"),
-    ]:
-        code, err = one_line(["train", *arguments], capsys)
-        assert code == 2, arguments
-        assert "CHECKPOINT" in err or "--resume" in err
-        assert words in err
-        assert err.count("\n") == 1  # no progress bar before it
-    assert sorted(os.listdir(tmp_path)) == ["damaged", "net.safetensors"]
-    assert path.read_bytes() == checkpoint.read_bytes()
-
-
 def test_missing_packages(checkpoint, tmp_path, capsys, monkeypatch):
-    for name in ("sklearn", "sklearn.datasets", "matplotlib.backends.backend_agg"):
+    for name in ("sklearn", "sklearn.datasets", "matplotlib.backends.backend_agg", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     for arguments, words in [
         (["train", tmp_path / "net"], "scikit-learn"),
+        (["train", tmp_path / "net", "--log-dir", tmp_path / "logs"], "tensorboard"),
         (["evaluate", checkpoint], "scikit-learn"),
         (["evaluate", checkpoint, "--plot", tmp_path / "a.png"], "matplotlib"),
     ]:
@@ -221,43 +85,7 @@ def test_missing_packages(checkpoint, tmp_path, capsys, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-def test_ctrl_c_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
-    path = tmp_path / "net.safetensors"
-    attack, calls = step.attack.perturb, []
-
-    def interrupt(*args, **keywords):
-        calls.append(1)
-        if len(calls) == stop_at:
-            raise KeyboardInterrupt
-        return attack(*args, **keywords)
-
-    monkeypatch.setattr(step.attack, "perturb", interrupt)
-    stop_at = 1
-    code, err = one_line(["train", path, *TRAIN], capsys)
-    assert code == 130
-    assert "interrupted; nothing was written" in err
-    calls.clear()
-    stop_at = 5  # 40 images in batches of 16: the second step of epoch 2
-    code, err = one_line(["train", path, *TRAIN], capsys)
-    assert code == 130
-    assert f"interrupted; the last whole epoch is in {path}" in err
-    assert training.load_checkpoint(path)[1]["epoch"] == 1
-    assert os.listdir(tmp_path) == [path.name]
-    calls.clear()
-    stop_at = 1  # an old file is not the work of this run
-    assert "nothing was written" in one_line(["train", path, *TRAIN, "--overwrite"], capsys)[1]
-    calls.clear()
-    code, err = one_line(["train", path, *TRAIN, "--resume"], capsys)
-    assert f"the last whole epoch is in {path}" in err
-
-
-def test_divergence_and_full_disks_fail_with_a_message(checkpoint, tmp_path, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(step, "learning_rate", lambda *_: 1e30)
-        code, err = one_line(["train", tmp_path / "net", *TRAIN], capsys)
-        assert code == 1
-        assert "try a lower --learning-rate" in err
-
+def test_full_disks_fail_with_a_message(checkpoint, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -37,6 +37,12 @@ def _images(text: str) -> int | None:
 
 def evaluate(
     checkpoints: Annotated[list[Path], typer.Argument(help="Networks that `sparta train` stored.")],
+    weights: Annotated[
+        str,
+        typer.Option(
+            help=f"Of the networks: {', '.join(training.WEIGHTS)} (auto: the average, ema, if the run kept one)."
+        ),
+    ] = "auto",
     data_name: DataName = "digits",
     root: Root = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only so many of the first test images.")] = None,
@@ -118,7 +124,7 @@ def evaluate(
     kept = [] if outcomes is None else _check_outcomes(outcomes, [run.outcomes for run in runs], resume, overwrite)
     options.check_outputs(
         [("--json", options.file(json_file)), ("--plot", plot), *(("--outcomes", path) for path in kept)],
-        inputs=checkpoints,
+        inputs=[("CHECKPOINTS", path) for path in checkpoints],
     )
     if outcomes is None and (resume or overwrite):
         raise typer.BadParameter("needs --outcomes", param_hint="--resume" if resume else "--overwrite")
@@ -126,12 +132,13 @@ def evaluate(
         raise typer.BadParameter("cannot be combined with --overwrite", param_hint="--resume")
     with options.naming_the_option(name="data"):
         dataset = data.describe(data_name)
-    models = {path: _load_model(path, dataset, place) for path in checkpoints}
+    models = {path: _load_model(path, dataset, place, weights) for path in checkpoints}
     images, labels = (part[:limit].to(place) for part in options.load(data_name, root, "test"))
     if outcomes is not None and len(runs) > 1:
         outcomes.mkdir(exist_ok=True)
 
     settings = {
+        "weights": weights,
         "data": data_name,
         "split": "test",
         "images": len(images),
@@ -345,10 +352,10 @@ class _Display:
             self._bars.console.print(" ".join([known, *state.split()]), soft_wrap=True)
 
 
-def _load_model(path: Path, dataset: data.Dataset, device: torch.device) -> ResNet:
+def _load_model(path: Path, dataset: data.Dataset, device: torch.device, weights: str) -> ResNet:
     """The network in this file, which must fit the data set."""
-    with options.naming_the_checkpoint("CHECKPOINTS"):
-        model, _ = training.load_checkpoint(path, device)
+    with options.naming_the_option(), options.naming_the_checkpoint("CHECKPOINTS"):
+        model, _ = training.load_checkpoint(path, device, weights)
     shape = (model.in_channels, model.linear.out_features)
     if shape != (dataset.shape[0], dataset.classes):
         raise typer.BadParameter(

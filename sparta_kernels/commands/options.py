@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from .. import backends, build_info, data, report, training
 from ..attack import checks
@@ -45,23 +46,65 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def pixels(help: str) -> Any:
-    return typer.Option(parser=fraction, metavar="NUMBER", help=f"{help}, in pixel units.")
+    return typer.Option(
+        parser=fraction, metavar="NUMBER", help=f"{help}, in pixel units.", rich_help_panel="The attack"
+    )
 
 
-DataName = Annotated[str, typer.Option("--data", help=f"Data set: {', '.join(data.DATASETS)}.")]
+class Grouped(TyperCommand):
+    """A command whose help lists options under the headings that `rich_help_panel` gives them."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+DataName = Annotated[
+    str, typer.Option("--data", help=f"Data set: {', '.join(data.DATASETS)}.", rich_help_panel="Images")
+]
 Root = Annotated[
     Path | None,
-    typer.Option(help="Folder with the data set's files, as `sparta data fetch` leaves them; digits need none."),
+    typer.Option(
+        help="Folder with the data set's files, as `sparta data fetch` leaves them; digits need none.",
+        rich_help_panel="Images",
+    ),
 ]
 Eps = Annotated[Any, pixels("Radius of the attack")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.", rich_help_panel="The machine")
+]
 Device = Annotated[
-    str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...; by torchrun, cuda is a GPU for each process.")
+    str,
+    typer.Option(
+        help="Where to compute: cpu, cuda, cuda:1, ...; by torchrun, cuda is a GPU for each process.",
+        rich_help_panel="The machine",
+    ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, max=1024, help="CPU threads, of each process; by default as many as cores.")
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        help="CPU threads, of each process; by default as many as cores.",
+        rich_help_panel="The machine",
+    ),
 ]
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Save as JSON here; - prints it.")]
+Json = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Save the result as JSON here; - prints it.",
+        rich_help_panel="What is stored and shown",
+    ),
+]
 
 
 @contextmanager
@@ -103,14 +146,14 @@ def check_backend(name: str, device: torch.device) -> None:
         raise typer.BadParameter(str(error), param_hint="--backend") from error
 
 
-def check_outputs(outputs: Iterable[tuple[str, Path | None]], inputs: Sequence[Path] = ()) -> None:
+def check_outputs(outputs: Iterable[tuple[str, Path | None]], inputs: Sequence[tuple[str, Path]] = ()) -> None:
     """Refuse files, by option, that cannot be written or are one another or an input, before the work."""
-    taken = [("CHECKPOINTS", path) for path in inputs]
+    taken = list(inputs)
     for option, path in outputs:
         if path is None:
             continue
         for other, file in taken:
-            if _same_file(path, file):
+            if same_file(path, file):
                 raise typer.BadParameter(f"must not be the file of {other}, got {path}", param_hint=option)
         taken.append((option, path))
         try:
@@ -119,7 +162,7 @@ def check_outputs(outputs: Iterable[tuple[str, Path | None]], inputs: Sequence[P
             raise typer.BadParameter(str(error), param_hint=option) from error
 
 
-def _same_file(one: Path, other: Path) -> bool:
+def same_file(one: Path, other: Path) -> bool:
     """Whether these are one file, there already (perhaps by two names) or to be."""
     try:
         return one.samefile(other)

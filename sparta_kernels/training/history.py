@@ -30,6 +30,7 @@ class Epoch:
         images_per_second: of the epoch's training.
         learning_rate: of its last step.
         robust_error: the same of the first test images under attack; None where that was not asked for.
+        seconds: that its training took, tests not counted.
     """
 
     epoch: int
@@ -39,6 +40,7 @@ class Epoch:
     images_per_second: float
     learning_rate: float
     robust_error: float | None = None
+    seconds: float = 0.0
 
 
 @dataclass

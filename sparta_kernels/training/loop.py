@@ -130,6 +130,7 @@ def train(
                     len(images) / done.seconds,
                     done.rate,
                     robust_error,
+                    done.seconds,
                 )
             )
             if writes:

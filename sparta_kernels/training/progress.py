@@ -3,79 +3,100 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn
 
 from .history import Batch, Epoch
 from .settings import Settings
 
+_SECONDS_BETWEEN_LINES = 10
+
 
 class TrainingProgress:
     """A bar over all batches, and a line for each epoch that is done. Give its methods to `train`.
+
+    Where the console is no terminal, a line now and then instead of the bar.
 
     Args:
         console: where to draw.
         settings: of the run.
 
     Attributes:
-        epochs: how many it has seen done.
+        last: the last step that was done, None before the first.
+        epochs: how many epochs it has seen done.
     """
 
     def __init__(self, console: Console, settings: Settings) -> None:
         self._settings = settings
-        self._kind = "clean error" if settings.attack == "none" else "robust error"
-        self._progress = Progress(
-            TextColumn("{task.description}"),
+        self._kind = "clean" if settings.attack == "none" else "robust"
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
-            TextColumn("{task.fields[state]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}", markup=False),
             console=console,
+            disable=console.quiet or not console.is_terminal,
         )
-        self._task = self._progress.add_task("training", total=None, state="")
-        self._first: tuple[float, int] | None = None  # when the first step was done, and its images
-        self._seen = 0
+        self._task = self._bars.add_task("training", total=None, state="")
+        self._first: tuple[float, int] | None = None  # when the first step was done, and its place in the run
+        self._epoch_start: tuple[int, float] = (0, 0.0)  # the epoch under way, and when its first step was done
+        self._epoch_images = 0  # since then
+        self._speed = ""
+        self._last_line = time.monotonic()
+        self.last: Batch | None = None
         self.epochs = 0
 
     def __enter__(self) -> TrainingProgress:
-        self._progress.start()
+        self._bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._bars.stop()
 
     def batch(self, batch: Batch) -> None:
         """A step is done."""
-        task = self._progress.tasks[0]
-        position = (batch.epoch - 1) * batch.batches + batch.number
-        if task.total is None:  # the first step, which after a resume is not step 1
-            self._progress.update(self._task, total=self._settings.epochs * batch.batches)
-        self._seen += batch.images
-        if self._first is None:
-            self._first = (time.perf_counter(), batch.images)
-        since, skipped = self._first
-        rate = (self._seen - skipped) / max(time.perf_counter() - since, 1e-9)
-        self._progress.update(
-            self._task,
-            completed=position,
-            description=f"epoch {batch.epoch}/{self._settings.epochs}",
-            state=f"loss {batch.loss:.3f}  {self._kind} {batch.error:.1%}  {rate:.0f} images/s",
-        )
+        now = time.monotonic()
+        self.last = batch
+        epochs, done = self._settings.epochs, (batch.epoch - 1) * batch.batches + batch.number
+        total = epochs * batch.batches
+        if self._first is None:  # after a resume this is not step 1
+            self._first = (now, done)
+        if self._epoch_start[0] != batch.epoch:  # what is between epochs is no training
+            self._epoch_start, self._epoch_images = (batch.epoch, now), 0
+        else:
+            self._epoch_images += batch.images
+            self._speed = f"  {_speed(self._epoch_images / max(now - self._epoch_start[1], 1e-9))}"
+        began, before = self._first
+        left = f"  ETA {_duration((now - began) / (done - before) * (total - done))}" if done > before else ""
+        state = f"loss {batch.loss:.3f}  {self._kind} error {batch.error:.1%}{self._speed}{left}"
+        where = f"epoch {batch.epoch}/{epochs}"
+        self._bars.update(self._task, total=total, completed=done, description=where, state=state)
+        if not self._console.is_terminal and now > self._last_line + _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._print(f"{where}, step {batch.number}/{batch.batches}  {state}")
 
     def epoch(self, epoch: Epoch) -> None:
         """An epoch is done and stored."""
         self.epochs += 1
-        self._progress.console.print(
-            f"epoch {epoch.epoch:2d}  loss {epoch.loss:.3f}  {self._kind} {epoch.error:.1%}  "
-            f"clean test error {epoch.clean_error:.1%}  {epoch.images_per_second:.0f} images/s",
-            highlight=False,
+        tested = "" if epoch.robust_error is None else f"robust test error {epoch.robust_error:.1%}  "
+        number = f"{epoch.epoch:{len(str(self._settings.epochs))}d}"
+        self._print(
+            f"epoch {number}  loss {epoch.loss:.3f}  {self._kind} training error {epoch.error:.1%}  "
+            f"{tested}clean test error {epoch.clean_error:.1%}  {_speed(epoch.images_per_second)}"
         )
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _speed(images_per_second: float) -> str:
+    return f"{images_per_second:.{0 if images_per_second >= 9.5 else 2}f} images/s"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

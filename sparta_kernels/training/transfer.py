@@ -64,7 +64,9 @@ def transfer(model: nn.Module, path: str | os.PathLike[str], freeze: bool) -> Tr
             if got != wanted:
                 raise ValueError(f"transfer: model must have {name} {wanted} at {site}, as {path} has, got {got}")
     for site, sparta in theirs.items():
-        ours[site].load_state_dict(sparta.state_dict())
+        mine = ours[site].state_dict()
+        for name, tensor in sparta.state_dict().items():
+            mine[name].copy_(tensor)
     if freeze:
         freeze_sparta(model)
     return Transferred(tuple(theirs), run["model"]["name"], str(run["settings"].get("data")), run["epoch"])

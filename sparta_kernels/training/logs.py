@@ -1,0 +1,97 @@
+"""What a run writes down as it goes: a table of its epochs as CSV, and events for TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Any
+
+from ..data.files import write_atomically
+from .history import Batch, Epoch
+
+COLUMNS = tuple(field.name for field in fields(Epoch))
+
+
+def as_csv(history: Sequence[Epoch]) -> str:
+    """A line for each epoch under a line of column names, those of `Epoch`; what was not measured is empty."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    table.writerows(astuple(epoch) for epoch in history)
+    return text.getvalue()
+
+
+class TrainingLog:
+    """Writes a run's tables and events. Give its methods to `train`, and close it at the end.
+
+    A table is written whole after every epoch, from all that is known of the run: whatever ended it before, it has
+    every epoch once. Of the events TensorBoard leaves out those of an earlier run, or of steps that were done again.
+
+    Args:
+        tables: CSV files to write.
+        folder: for TensorBoard's event files, made if it is not there; None for none.
+        history: the epochs before a resume.
+
+    Raises:
+        ImportError: events are asked for, and tensorboard is not installed.
+        OSError: a file cannot be written.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[str | os.PathLike[str]],
+        folder: str | os.PathLike[str] | None = None,
+        history: Sequence[Epoch] = (),
+    ) -> None:
+        self._tables, self._folder, self._history = tables, folder, list(history)
+        self._writer_class = None if folder is None else summary_writer()
+        self._events: Any = None
+        self._step: int | None = None
+        if self._history:
+            self._write_tables()
+
+    def batch(self, batch: Batch) -> None:
+        """A step is done."""
+        if self._step is None and not self._history and any(Path(path).exists() for path in self._tables):
+            self._write_tables()  # they are of another run
+        self._step = (batch.epoch - 1) * batch.batches + batch.number
+        if self._writer_class is None:
+            return
+        if self._events is None:
+            self._events = self._writer_class(str(self._folder), purge_step=self._step)
+        self._events.add_scalar("batch/loss", batch.loss, self._step)
+        self._events.add_scalar("batch/error", batch.error, self._step)
+
+    def epoch(self, epoch: Epoch) -> None:
+        """An epoch is done and stored."""
+        self._history.append(epoch)
+        self._write_tables()
+        if self._events is not None:
+            for name, value in zip(COLUMNS, astuple(epoch), strict=True):
+                if value is not None:
+                    self._events.add_scalar(f"epoch/{name}", value, self._step)
+            self._events.flush()
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        if self._events is not None:
+            self._events.close()
+
+    def _write_tables(self) -> None:
+        content = as_csv(self._history).encode()
+        for path in self._tables:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content)
+
+
+def summary_writer() -> Any:
+    """TensorBoard's `SummaryWriter`; an ImportError that says what to install where there is none."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # seconds, so only here
+    except ImportError as error:
+        raise ImportError("TensorBoard events need tensorboard: pip install tensorboard") from error
+    return SummaryWriter
