@@ -44,15 +44,15 @@ class Eager:
         found = noise(settings.batch_size, self.classes)
         self.images, self.labels = (part.to(self.device) for part in found)
 
-    def step(self) -> float:
+    def step(self, precision: str) -> float:
         """One training step; its seconds."""
         before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.settings.precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         start = time.perf_counter()
         with use_backend("reference"):
-            adversarial = self._attack(self.images.float() / 255)
+            adversarial = self.attacked(self.images.float() / 255, precision)
             self.model.train()
-            with self._autocast():
+            with self._autocast(precision):
                 loss = F.cross_entropy(self.model(adversarial), self.labels)
             self.optimizer.zero_grad()
             loss.backward()
@@ -64,20 +64,21 @@ class Eager:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
         return seconds
 
-    def _attack(self, images: Tensor) -> Tensor:
+    def attacked(self, images: Tensor, precision: str) -> Tensor:
+        """Adversarial images for targets drawn by torch."""
         eps, step = self.preset.eps, self.preset.step_size
         self.model.eval()
         targets = (self.labels + torch.randint_like(self.labels, 1, self.classes)) % self.classes
         adversarial = (images + torch.empty_like(images).uniform_(-eps, eps)).clamp(0, 1)
         for _ in range(self.preset.steps):
             adversarial.requires_grad_()
-            with self._autocast():
+            with self._autocast(precision):
                 loss = F.cross_entropy(self.model(adversarial), targets, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, adversarial)
             adversarial = adversarial.detach() - step * gradient.sign()
             adversarial = (images + (adversarial - images).clamp(-eps, eps)).clamp(0, 1)
         return adversarial
 
-    def _autocast(self) -> torch.autocast:
-        dtype = _DTYPES.get(self.settings.precision)
+    def _autocast(self, precision: str) -> torch.autocast:
+        dtype = _DTYPES.get(precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
