@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparta_kernels
-from sparta_kernels import papers
+from sparta_kernels import papers, training
 from sparta_kernels.papers.published import Network
 from sparta_kernels.papers.tables import parameters
+from sparta_kernels.training import checkpoint
 
 PUBLISHED = papers.published()
 SEVEN = ["ReLU", "ELU", "GELU", "FD", "DyReLU", "SmReLU", "SPARTA"]
@@ -107,3 +109,18 @@ def test_the_numbers_are_shipped():
     if not (root / "pyproject.toml").exists():
         pytest.skip("not in the source folder")
     assert '"papers/*.json"' in (root / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("activation", sorted({row.network.activation for row in PUBLISHED.tables["table6"].rows}))
+def test_a_stored_network_is_the_same_when_it_is_read(activation, tmp_path):
+    """Whatever of a module is in no state dict is lost in a checkpoint, and what is read in its place is garbage."""
+    settings = training.Settings(activation=activation, width=2, epochs=1, attack="none")
+    torch.manual_seed(0)
+    model = training.build_model(settings.model, training.model_arguments(settings)).eval()
+    metadata = {"model": {"name": settings.model, "arguments": training.model_arguments(settings)}}
+    path = tmp_path / "network.safetensors"
+    checkpoint.save_checkpoint(path, model, {}, metadata | {"settings": {}, "history": [], "epoch": 0})
+    x = torch.rand(3, 1, 8, 8)
+    read, _ = training.load_checkpoint(path)
+    assert torch.equal(read(x), model(x))
+    assert {name for name, _ in model.named_buffers()} <= set(model.state_dict()), "a buffer that is not stored"

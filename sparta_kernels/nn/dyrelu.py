@@ -35,8 +35,6 @@ class DyReLU(nn.Module):
         TypeError, ValueError: an argument is not as above; the message names it.
     """
 
-    slopes: Tensor
-
     def __init__(self, channels: int, *, k: int = 3, reduction: int = 4) -> None:
         super().__init__()
         check_count("DyReLU", "channels", channels)
@@ -45,8 +43,6 @@ class DyReLU(nn.Module):
         self.channels, self.k, self.reduction = channels, k, reduction
         hidden = max(1, channels // reduction)
         self.fc1, self.fc2 = nn.Linear(channels, hidden), nn.Linear(hidden, 2 * k * channels)
-        # ReLU's own slopes where t is 0.
-        self.register_buffer("slopes", torch.tensor([1.0] + [0.0] * (k - 1)), persistent=False)
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew."""
@@ -57,7 +53,9 @@ class DyReLU(nn.Module):
         check_feature_map("DyReLU", x, self.channels)
         t = 2 * torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3)))))) - 1
         t = t.unflatten(1, (self.channels, 2, self.k))
-        return dyrelu(x, t[:, :, 0] + self.slopes, 0.5 * t[:, :, 1])
+        # No buffer for ReLU's own slopes: one that a checkpoint does not hold is garbage once it is read.
+        slopes = torch.cat([1 + t[:, :, 0, :1], t[:, :, 0, 1:]], dim=-1)
+        return dyrelu(x, slopes, 0.5 * t[:, :, 1])
 
     def extra_repr(self) -> str:
         return f"{self.channels}, k={self.k}, reduction={self.reduction}"
