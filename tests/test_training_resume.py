@@ -1,0 +1,224 @@
+"""A run that is stopped at any moment, and resumed, ends with the file of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sparta_kernels import data
+from sparta_kernels.training import CheckpointError, Settings, TrainingDiverged, load_checkpoint, read_run, step, train
+
+TINY = {"width": 2, "epochs": 2, "batch_size": 16, "attack": "xie2019", "attack_steps": 2}
+EVERYTHING = TINY | {
+    "loss": "trades",
+    "ema": 0.9,
+    "nesterov": True,
+    "label_smoothing": 0.1,
+    "schedule": "cosine",
+    "warmup": 1,
+    "precision": "bf16",
+}
+# The first images of the digits, with crops and flips.
+FEW_IMAGES = """
+import dataclasses, sys, torch
+from sparta_kernels import data, training
+torch.set_num_threads(1)
+load = data.load
+data.load = lambda *args: tuple(part[:50] for part in load(*args))
+data.DATASETS["digits"] = dataclasses.replace(data.DATASETS["digits"], crop=1, flip=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _few_images(monkeypatch):
+    threads = torch.get_num_threads()
+    load, digits = data.load, data.DATASETS["digits"]
+    exec(FEW_IMAGES, {})
+    yield
+    data.load, data.DATASETS["digits"] = load, digits
+    torch.set_num_threads(threads)
+
+
+def contents(path):
+    """What a run ends with: its tensors as bytes, and its description without the seconds that it took."""
+    with safe_open(str(path), framework="pt") as file:
+        metadata = json.loads(file.metadata()["metadata"])
+    for epoch in metadata["history"]:
+        epoch.pop("images_per_second")
+    metadata["position"].pop("seconds")
+    tensors = {name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in load_file(path).items()}
+    return metadata, tensors
+
+
+def steps_done(path):
+    metadata = load_checkpoint(path)[1]
+    return metadata["epoch"], metadata["position"]["step"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The file of an uninterrupted run with these settings."""
+    files = {}
+
+    def run(settings):
+        if settings not in files:
+            files[settings] = tmp_path_factory.mktemp("whole") / "run.safetensors"
+            train(settings, files[settings])
+        return contents(files[settings])
+
+    return run
+
+
+@pytest.mark.parametrize("values", [TINY, EVERYTHING], ids=["plain", "everything"])
+def test_ctrl_c_stores_the_last_whole_step(tmp_path, whole, values, monkeypatch):
+    settings, path = Settings(**values), tmp_path / "run.safetensors"
+    perturb, calls, stop_at = step.attack.perturb, [], 3
+
+    def interrupt(*args, **keywords):
+        calls.append(1)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return perturb(*args, **keywords)
+
+    monkeypatch.setattr(step.attack, "perturb", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, path, save_every=None)
+    assert steps_done(path) == (0, 2)
+    stop_at = 1 + len(calls)
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt):  # nothing new: nothing is written
+        train(settings, path, resume=True)
+    assert path.read_bytes() == before
+    torch.rand(3)  # the global generator must not matter
+    stop_at = 4 + len(calls)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, path, resume=True)
+    assert steps_done(path) == (1, 1)
+    monkeypatch.undo()
+    _few = train(settings, path, resume=True)
+    assert len(_few) == 2
+    assert contents(path) == whole(settings)
+
+
+def test_ctrl_c_waits_for_the_end_of_an_update(tmp_path, whole, monkeypatch):
+    settings, path = Settings(**TINY), tmp_path / "run.safetensors"
+    rate, updates = step.learning_rate, []
+
+    def interrupt(*args):
+        updates.append(args)
+        if len(updates) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(*args)
+
+    monkeypatch.setattr(step, "learning_rate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, path)
+    assert steps_done(path) == (0, 2)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(settings, path, resume=True)
+    assert contents(path) == whole(settings)
+
+
+def test_an_update_that_breaks_off_is_not_stored(tmp_path, monkeypatch):
+    path = tmp_path / "run.safetensors"
+
+    def stop(*_):  # not by a signal: in the midst of an update
+        raise KeyboardInterrupt
+
+    settings = Settings(**TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, path)
+    assert not path.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.parametrize("values", [EVERYTHING], ids=["everything"])
+def test_killed_at_a_random_moment(tmp_path, whole, values):
+    settings, path = Settings(**values), tmp_path / "run.safetensors"
+    expected = whole(settings)
+    script = (
+        FEW_IMAGES
+        + f"""
+settings = training.Settings(**{values!r})
+training.train(settings, sys.argv[1], save_every=1e-9, on_batch=lambda _: print("step", flush=True))
+"""
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE, text=True)
+    draw = random.Random()  # another moment in every run of this test
+    try:
+        for _ in range(draw.randint(1, 6)):
+            assert process.stdout.readline() == "step\n"
+        time.sleep(draw.random() * 0.1)
+    finally:
+        process.kill()
+        process.communicate()
+    if not path.exists():  # killed before the first step was stored
+        assert train(settings, path)
+    else:
+        done = steps_done(path)
+        assert (0, 1) <= done <= (2, 0)
+        train(settings, path, resume=True)
+    assert contents(path) == expected
+
+
+def test_checkpoints_by_the_clock(tmp_path):
+    settings, path, seen = Settings(**TINY | {"attack": "none"}), tmp_path / "run.safetensors", []
+
+    def look(batch):  # called before the step just done is stored
+        seen.append(steps_done(path) if path.exists() else None)
+
+    train(settings, path, save_every=1e-9, on_batch=look)
+    assert seen == [None, (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)]
+    seen.clear()
+    train(settings, path, overwrite=True, save_every=None, on_batch=look)
+    assert seen == [(2, 0)] * 4 + [(1, 0)] * 4
+
+
+def test_ruined_weights_are_not_stored_between_epochs(tmp_path, monkeypatch):
+    path = tmp_path / "run.safetensors"
+    rates = iter([0.0, float("inf")])
+    monkeypatch.setattr(step, "learning_rate", lambda *_: next(rates))
+    with pytest.raises(TrainingDiverged, match="is not finite after step 2 of epoch 1"):
+        train(Settings(**TINY | {"attack": "none"}), path, save_every=1e-9)
+    assert steps_done(path) == (0, 1)
+
+
+def test_a_stop_after_an_epochs_last_step(tmp_path, whole, monkeypatch):
+    settings, path = Settings(**TINY), tmp_path / "run.safetensors"
+
+    def stop(batch):
+        if batch.number == batch.batches:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, path, on_batch=stop)
+    assert steps_done(path) == (0, 4)
+    train(settings, path, resume=True)
+    assert contents(path) == whole(settings)
+
+
+def test_positions_that_are_none(tmp_path):
+    from safetensors.torch import save_file
+
+    settings, path = Settings(**TINY | {"epochs": 1, "attack": "none"}), tmp_path / "run.safetensors"
+    train(settings, path)
+    with safe_open(str(path), framework="pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    for changes in ({"position": {"step": -1}}, {"position": {"step": 0.5}}, {"position": {"x": 1}}, {"epoch": 3}):
+        metadata = json.loads(header["metadata"]) | changes
+        save_file(tensors, path, header | {"metadata": json.dumps(metadata)})
+        with pytest.raises(CheckpointError, match="history is damaged"):
+            read_run(settings, path)
