@@ -76,7 +76,9 @@ def main(folder: Path) -> None:
     frozen = {"sparta_from": str(folder / "usual.safetensors"), "freeze_sparta": True}
     found["frozen"] = losses(Settings(**TINY | frozen | {"loss": "trades", "epochs": 1}), folder / "frozen.safetensors")
 
-    found["weights"] = [[float(value.double().abs().sum()) for value in run.model.parameters()] for run in runs]
+    found["weights"] = [
+        [value.detach().double().abs().sum().item() for value in run.model.parameters()] for run in runs
+    ]
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -46,7 +46,8 @@ def found(together):
     return first
 
 
-def test_the_curve_is_that_of_one_process(together, found, tmp_path, monkeypatch, _few_images):
+@pytest.mark.usefixtures("_few_images")
+def test_the_curve_is_that_of_one_process(together, found, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "keep_frozen_in_eval", ddp_case.statistics_in_eval_mode)
     path = tmp_path / "alone.safetensors"
     alone = torch.tensor(ddp_case.losses(Settings(**ddp_case.TINY), path))
@@ -57,7 +58,8 @@ def test_the_curve_is_that_of_one_process(together, found, tmp_path, monkeypatch
         torch.testing.assert_close(two[name], value, rtol=1e-2, atol=1e-3, msg=lambda words, n=name: f"{n}: {words}")
 
 
-def test_the_usual_curve_is_near_it(found, tmp_path, _few_images):
+@pytest.mark.usefixtures("_few_images")
+def test_the_usual_curve_is_near_it(found, tmp_path):
     """With statistics of half a batch in each process: near, not equal."""
     alone = ddp_case.losses(Settings(**ddp_case.TINY), tmp_path / "alone.safetensors")
     means = [sum(loss for loss, _ in curve[4:]) / 4 for curve in (alone, found["usual"])]
@@ -82,7 +84,8 @@ def test_frozen_parameters_are_not_waited_for(together, found):
     assert all(torch.equal(frozen[name], source[name.replace("model.", "ema.", 1)]) for name in names)
 
 
-def test_every_process_needs_two_images(tmp_path, monkeypatch, _few_images):
+@pytest.mark.usefixtures("_few_images")
+def test_every_process_needs_two_images():
     class Many:
         rank, count = 0, 10
 

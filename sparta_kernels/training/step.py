@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,9 @@ from .schedule import learning_rate
 from .transfer import keep_frozen_in_eval
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# They are taken from process 0 before the attack, not the forward pass. The setting has another name since torch 2.13.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_STATISTICS_BY_US: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
 class Trainer:
@@ -57,9 +62,8 @@ class Trainer:
         self._prepared: Prepared = attack.prepare(run.model.eval(), precision=settings.precision)
         self._objective: nn.Module = Objective(run.model, settings)
         if processes.count > 1:
-            # The statistics are taken from process 0 below, before the attack. A static graph: what takes no part in
-            # the loss is not waited for.
-            self._objective = DistributedDataParallel(self._objective, broadcast_buffers=False, static_graph=True)
+            # A static graph: what takes no part in the loss is not waited for.
+            self._objective = DistributedDataParallel(self._objective, static_graph=True, **_STATISTICS_BY_US)
 
     def epoch(self, on_step: Callable[[Batch], None]) -> None:
         """Do what is left of the epoch that the run is in. `on_step` is called when a step is whole.
