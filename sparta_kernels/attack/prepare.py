@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..nn.frozen import Form
+from ..nn.modes import in_eval_mode
 from . import checks
 from .rewrite import refresh_constants, rewrite
 
@@ -204,19 +205,6 @@ class Prepared(nn.Module):
 
     def extra_repr(self) -> str:
         return f"precision={self.precision}, {self.memory_format}\n{self.report}"
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode; afterwards, whatever happened, each in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _difference(network: nn.Module, model: nn.Module, images: Tensor, layout: torch.memory_format) -> str | None:

@@ -5,6 +5,7 @@ from .dyrelu import DyReLU
 from .feature_denoising import FeatureDenoising
 from .maxout import MaxOut
 from .pointwise import SmoothReLU, SwishReLU
+from .replace import Replaced, Replacement, replace_relu
 from .resnet import ResNet, parse_sites, resnet18, resnet34
 from .sparta import Sparta
 from .squeeze_excite import SqueezeExcite
@@ -14,6 +15,8 @@ __all__ = [
     "DyReLU",
     "FeatureDenoising",
     "MaxOut",
+    "Replaced",
+    "Replacement",
     "ResNet",
     "SmoothReLU",
     "Sparta",
@@ -22,6 +25,7 @@ __all__ = [
     "make_activation",
     "parse_activation",
     "parse_sites",
+    "replace_relu",
     "resnet18",
     "resnet34",
 ]
