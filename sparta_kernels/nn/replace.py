@@ -55,10 +55,8 @@ class Replacement:
     parameters: int
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.replaced)} ReLU{'s' * (len(self.replaced) != 1)} replaced by {self.activation} (+{self.parameters:,} parameters), "
-            f"{len(self.left)} left"
-        ]
+        relus = "1 ReLU" if len(self.replaced) == 1 else f"{len(self.replaced)} ReLUs"
+        lines = [f"{relus} replaced by {self.activation} (+{self.parameters:,} parameters), {len(self.left)} left"]
         width = max((len(each.name) for each in self.replaced), default=0)
         lines += [f"  {each.name:{width}}  {each.channels:5} channels, was {each.was}" for each in self.replaced]
         others = [name for name, why in self.left.items() if why == _NOT_ASKED_FOR]
