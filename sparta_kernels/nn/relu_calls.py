@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -18,9 +17,8 @@ from .feature_denoising import FeatureDenoising
 from .modes import in_eval_mode
 from .sparta import Sparta
 from .squeeze_excite import SqueezeExcite
-from .traced_forward import original_type
+from .traced_forward import RELU_FUNCTIONS, original_type
 
-_FUNCTIONS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 _OURS = (DyReLU, FeatureDenoising, Sparta, SqueezeExcite)  # their own ReLUs are part of what they are
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -52,7 +50,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _FUNCTIONS and self._running and type(self._running[-1][0]) is not nn.ReLU:
+        if func in RELU_FUNCTIONS and self._running and type(self._running[-1][0]) is not nn.ReLU:
             self._record(None, args[0] if args else kwargs["input"])
         return func(*args, **kwargs)
 

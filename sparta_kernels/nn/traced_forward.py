@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-_FUNCTIONS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 _METHODS = ("relu", "relu_")
 _numbers = itertools.count()
 
@@ -115,7 +115,9 @@ def _holds_proxies(module: nn.Module) -> bool:
 def _is_relu(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "call_module":
         return type(module.get_submodule(str(node.target))) is nn.ReLU
-    return node.target in (_FUNCTIONS if node.op == "call_function" else _METHODS if node.op == "call_method" else ())
+    return node.target in (
+        RELU_FUNCTIONS if node.op == "call_function" else _METHODS if node.op == "call_method" else ()
+    )
 
 
 def _in_place(node: fx.Node, module: nn.Module) -> bool:
