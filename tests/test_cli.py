@@ -196,7 +196,7 @@ def test_what_the_machine_cannot_do_is_one_line(checkpoint, tmp_path, capsys, mo
 def test_names_are_no_markup(tmp_path):
     path = tmp_path / "net[bold]:star:.safetensors"
     result = run("train", path, *TRAIN, "--epochs", 1, "--attack", "none")
-    assert f"{path.name}: 1 epochs" in result.stdout.replace("\n", ""), result.output
+    assert f"{path.name}: 1 epoch," in result.stdout.replace("\n", ""), result.output
     result = run("evaluate", path, path, "--steps", 1, "--limit", 4)
     assert result.exit_code == 0, result.output
     assert path.name in result.stdout.replace("\n", "")

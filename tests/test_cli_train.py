@@ -15,6 +15,7 @@ import torch
 from terminal import TRAIN, _few_images, _one_thread, one_line, run, store_network  # noqa: F401 (fixtures)
 
 from sparta_kernels import data, training
+from sparta_kernels.processes import Processes
 from sparta_kernels.training import step
 
 try:
@@ -170,13 +171,13 @@ def test_options_go_before_the_file(tmp_path):
     config = tmp_path / "run.toml"
     config.write_text(
         'width = 2\nepochs = 3\nattack = "none"\neps = "4/255"\nnesterov = true\naugment = false\n'
-        "milestones = [1, 2]\nbatch_size = 16\nlearning_rate = 1e-2\n"
+        "milestones = []\nbatch_size = 16\nlearning_rate = 1e-2\n"
     )
     arguments = ["train", tmp_path / "net", "--epochs", 1, "--augment", "--config", config, "--no-nesterov"]
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     settings = training.load_checkpoint(tmp_path / "net")[1]["settings"]
-    wanted = {"width": 2, "epochs": 1, "eps": 4 / 255, "nesterov": False, "augment": True, "milestones": [1, 2]}
+    wanted = {"width": 2, "epochs": 1, "eps": 4 / 255, "nesterov": False, "augment": True, "milestones": []}
     wanted |= {"learning_rate": 0.01, "batch_size": 16}
     assert {name: settings[name] for name in wanted} == wanted
 
@@ -201,6 +202,7 @@ def test_options_go_before_the_file(tmp_path):
         ("momentum = 1", "--momentum: must be at least 0 and below 1"),
         ("eps = nan", "--eps"),
         ("milestones = ['x']", "--milestones"),
+        ("milestones = [0]", "--milestones"),
         ("activation = 'sparta:size=3'", "--activation"),
     ],
 )
@@ -397,7 +399,7 @@ def test_ctrl_c_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
     stop_at = 5  # the second step of epoch 2
     code, err = one_line(["train", path, *TRAIN], capsys)
     assert code == 130
-    assert err.endswith(f"interrupted; {path} holds 1 epochs and 1 steps of the next; go on with --resume\n")
+    assert err.endswith(f"interrupted; {path} holds 1 epoch and 1 step of the next; go on with --resume\n")
     assert training.read_metadata(path)["position"]["step"] == 1
     assert sorted(os.listdir(tmp_path)) == ["net.csv", path.name, "net.toml"]
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -407,7 +409,7 @@ def test_ctrl_c_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     calls.clear()
     code, err = one_line(["train", path, *TRAIN, "--resume"], capsys)
-    assert f"interrupted; {path} holds 1 epochs and 1 steps of the next" in err
+    assert f"interrupted; {path} holds 1 epoch and 1 step of the next" in err
     assert run("train", path, *TRAIN, "--resume").exit_code == 0
     assert [row["epoch"] for row in _rows(tmp_path / "net.csv")] == ["1", "2"]
     assert (tmp_path / "net.csv").read_text().startswith(before["net.csv"].decode())
@@ -468,13 +470,23 @@ def test_transfer_and_events(tmp_path, checkpoint, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_what_only_the_images_tell_is_about_an_option_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Processes, "count", 9, raising=False)
+    monkeypatch.setattr(Processes, "__init__", lambda *_: None)
+    monkeypatch.setattr(Processes, "rank", 0, raising=False)
+    code, err = one_line(["train", tmp_path / "net", *STANDARD], capsys)
+    assert code == 2
+    assert err.startswith("sparta: Invalid value for --batch-size: must give each of the 9 processes at least 2 images")
+    assert not os.listdir(tmp_path)
+
+
 def test_two_processes_write_and_speak_as_one(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = ["sparta_kernels.cli", "train", "net", "--width", "2", "--epochs", "1", "--batch-size", "720"]
     options = ["--attack", "none", "--threads", "1", "--json", "net.json", "--log-dir", "logs"]
     result = subprocess.run([*torchrun, *command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("net: 1 epochs") == 1
+    assert result.stdout.count("net: 1 epoch,") == 1
     assert result.stderr.count("clean test error") == 1
     assert sorted(os.listdir(tmp_path)) == ["logs", "net", "net.csv", "net.json", "net.toml"]
     assert len(os.listdir(tmp_path / "logs")) == 2  # one file of events

@@ -188,9 +188,12 @@ def train(
         options.end(f"{error}; try a lower --learning-rate", options.FAILED)
     except ValueError as error:
         # The attack on it may be the first to meet what is no longer finite.
-        if not re.match(r"\w+: model must \w+ finite ", str(error)):
+        if re.match(r"\w+: model must \w+ finite ", str(error)):
+            options.end(f"{error}; try a lower --learning-rate", options.FAILED)
+        if not str(error).startswith("training: "):
             raise
-        options.end(f"{error}; try a lower --learning-rate", options.FAILED)
+        with options.naming_the_option():  # what only the images and the processes tell of
+            raise
     finally:
         if log is not None:
             log.close()
@@ -216,5 +219,9 @@ def _kept(checkpoint: Path, stored: bool) -> str:
         return "nothing was written"
     run = training.read_metadata(checkpoint)
     steps = run.get("position", {}).get("step", 0)
-    more = f" and {steps} steps of the next" if steps else ""
-    return f"{checkpoint} holds {run['epoch']} epochs{more}; go on with --resume"
+    more = f" and {_count(steps, 'step')} of the next" if steps else ""
+    return f"{checkpoint} holds {_count(run['epoch'], 'epoch')}{more}; go on with --resume"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
