@@ -231,6 +231,7 @@ def test_cifar10_damaged_archives(tmp_path):
     path = _write_cifar10(tmp_path)
     whole = path.read_bytes()
     tar = gzip.decompress(whole)
+    padded = gzip.compress(tar + bytes(3 << 20))  # far more than is read to find the files
     for content, words in [
         (b"", "truncated or damaged"),
         (b"<html>", "truncated or damaged"),
@@ -238,6 +239,7 @@ def test_cifar10_damaged_archives(tmp_path):
         (whole[:-4], "truncated or damaged"),
         (whole[:-8] + b"\0\0\0\0" + whole[-4:], "truncated or damaged"),  # a wrong checksum at the very end
         (gzip.compress(tar[: len(tar) // 2]), "truncated or damaged"),
+        (padded[:-8] + b"\0\0\0\0" + padded[-4:], "truncated or damaged"),
     ]:
         path.write_bytes(content)
         _refused("cifar10", tmp_path, str(path), words)
@@ -397,6 +399,9 @@ def test_tiny_imagenet_and_its_cache(tmp_path, monkeypatch, archived):
     assert abs(int(data.load("tiny-imagenet", tmp_path)[0][0, 0, 0, 0]) - 99) <= 2
     _write_tiny(tmp_path, files, archived)
     assert _loads_anew(tmp_path, monkeypatch)
+    if not archived:  # a file of the same size, written later
+        os.utime(where / "train/n01/images/n01_0.JPEG", (1, 1))
+        assert _loads_anew(tmp_path, monkeypatch)
     cache = tmp_path / CACHES[1]
     whole = cache.read_bytes()
     for content in (b"", whole[:-1], whole[:100], b"x" * 1000):

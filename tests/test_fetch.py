@@ -125,6 +125,13 @@ def test_a_lost_connection_is_made_again(server, tmp_path):
     ]
 
 
+def test_weak_tags_promise_nothing(server, tmp_path):
+    server.how = {"cuts": [100_000], "tag": 'W/"1"'}
+    fetch.download(_file(), tmp_path)
+    assert server.requests[1:] == [("/a.bin", "bytes=100000-", None)]
+    assert _whole(tmp_path) == ["a.bin"]
+
+
 def test_a_later_call_goes_on(server, tmp_path):
     server.how = {"cuts": [10_000, 20_000, 30_000, 40_000, 50_000]}
     with pytest.raises(
