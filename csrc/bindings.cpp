@@ -116,6 +116,64 @@ void relu_backward(int64_t elements, int dtype, Address grad, Address grad2, Add
   SPARTA_RUN(relu_backward, args)
 }
 
+void swish_relu_forward(int64_t elements, int dtype, Address x, Address y, const Where& where) {
+  const SwishReluForward args{elements, static_cast<DType>(dtype), pointer(x), pointer(y), place(where)};
+  SPARTA_RUN(swish_relu_forward, args)
+}
+
+void swish_relu_backward(int64_t elements, int dtype, Address gy, Address x, Address gx, const Where& where) {
+  const SwishReluBackward args{elements, static_cast<DType>(dtype), pointer(gy), pointer(x), pointer(gx), place(where)};
+  SPARTA_RUN(swish_relu_backward, args)
+}
+
+void smooth_relu_forward(int64_t elements, int dtype, Address x, Address y, const Small& b, const Where& where) {
+  const SmoothReluForward args{elements, static_cast<DType>(dtype), pointer(x), pointer(y), dense(b), place(where)};
+  SPARTA_RUN(smooth_relu_forward, args)
+}
+
+void smooth_relu_backward(int64_t elements, int dtype, Address gy, Address x, Address gx, const Small& b,
+                          const Small& grad_b, Address scratch, const Where& where) {
+  const SmoothReluBackward args{elements, static_cast<DType>(dtype), pointer(gy), pointer(x), pointer(gx), dense(b),
+                                dense(grad_b), pointer(scratch), place(where)};
+  SPARTA_RUN(smooth_relu_backward, args)
+}
+
+// Bytes that smooth_relu_backward needs on a CUDA device beside its arguments.
+int64_t smooth_relu_backward_scratch(int64_t elements, int dtype, const Where& where) {
+#if defined(SPARTA_WITH_CUDA)
+  if (place(where).device >= 0)
+    return cuda::smooth_relu_backward_scratch(elements, static_cast<DType>(dtype), place(where));
+#endif
+  return 0;
+}
+
+DyReluShape dyrelu_shape(const std::array<int64_t, 4>& s, bool planar) { return {s[0], s[1], s[2], s[3], planar}; }
+
+void dyrelu_forward(const std::array<int64_t, 4>& shape, bool planar, int dtype, const Rows& x, const Rows& y,
+                    const Small& slopes, const Small& intercepts, const Where& where) {
+  const DyReluForward args{dyrelu_shape(shape, planar), static_cast<DType>(dtype), matrices(x), matrices(y),
+                           dense(slopes), dense(intercepts), place(where)};
+  SPARTA_RUN(dyrelu_forward, args)
+}
+
+void dyrelu_backward(const std::array<int64_t, 4>& shape, bool planar, int dtype, const Rows& gy, const Rows& x,
+                     const Rows& gx, const Small& slopes, const Small& intercepts, const Small& grad_slopes,
+                     const Small& grad_intercepts, Address scratch, const Where& where) {
+  const DyReluBackward args{dyrelu_shape(shape, planar), static_cast<DType>(dtype), matrices(gy), matrices(x),
+                            matrices(gx), dense(slopes), dense(intercepts), dense(grad_slopes), dense(grad_intercepts),
+                            pointer(scratch), place(where)};
+  SPARTA_RUN(dyrelu_backward, args)
+}
+
+// Bytes that dyrelu_backward needs on a CUDA device beside its arguments.
+int64_t dyrelu_backward_scratch(const std::array<int64_t, 4>& shape, bool planar, int dtype, const Where& where) {
+#if defined(SPARTA_WITH_CUDA)
+  if (place(where).device >= 0)
+    return cuda::dyrelu_backward_scratch(dyrelu_shape(shape, planar), static_cast<DType>(dtype), place(where));
+#endif
+  return 0;
+}
+
 using Extents = std::array<int64_t, 5>;  // samples, channels, pixels, hidden (padded), spare
 template <size_t count>
 using Addresses = std::array<Address, count>;
@@ -215,6 +273,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("pgd_start", &sparta::bindings::pgd_start);
   m.def("relu_forward", &sparta::bindings::relu_forward);
   m.def("relu_backward", &sparta::bindings::relu_backward);
+  m.def("swish_relu_forward", &sparta::bindings::swish_relu_forward);
+  m.def("swish_relu_backward", &sparta::bindings::swish_relu_backward);
+  m.def("smooth_relu_forward", &sparta::bindings::smooth_relu_forward);
+  m.def("smooth_relu_backward", &sparta::bindings::smooth_relu_backward);
+  m.def("smooth_relu_backward_scratch", &sparta::bindings::smooth_relu_backward_scratch);
+  m.def("dyrelu_forward", &sparta::bindings::dyrelu_forward);
+  m.def("dyrelu_backward", &sparta::bindings::dyrelu_backward);
+  m.def("dyrelu_backward_scratch", &sparta::bindings::dyrelu_backward_scratch);
   m.def("attention_forward", &sparta::bindings::attention_forward);
   m.def("attention_backward", &sparta::bindings::attention_backward);
   m.def("set_products", &sparta::bindings::set_products);

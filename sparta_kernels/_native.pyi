@@ -105,6 +105,49 @@ def relu_backward(
     place: _Place,
     /,
 ) -> None: ...
+def swish_relu_forward(elements: int, dtype: int, x: int, y: int, place: _Place, /) -> None: ...
+def swish_relu_backward(elements: int, dtype: int, gy: int, x: int, gx: int, place: _Place, /) -> None: ...
+def smooth_relu_forward(elements: int, dtype: int, x: int, y: int, b: _Small, place: _Place, /) -> None: ...
+def smooth_relu_backward(
+    elements: int,
+    dtype: int,
+    gy: int,
+    x: int,
+    gx: int,  # 0: not wanted
+    b: _Small,
+    grad_b: _Small,
+    scratch: int,  # address of smooth_relu_backward_scratch() bytes, 0 where those are 0
+    place: _Place,
+    /,
+) -> None: ...
+def smooth_relu_backward_scratch(elements: int, dtype: int, place: _Place, /) -> int: ...
+def dyrelu_forward(
+    shape: tuple[int, int, int, int],  # N, C, H * W, K
+    planar: bool,
+    dtype: int,
+    x: _Rows,
+    y: _Rows,
+    slopes: _Small,
+    intercepts: _Small,
+    place: _Place,
+    /,
+) -> None: ...
+def dyrelu_backward(
+    shape: tuple[int, int, int, int],
+    planar: bool,
+    dtype: int,
+    gy: _Rows,
+    x: _Rows,
+    gx: _Rows,
+    slopes: _Small,
+    intercepts: _Small,
+    grad_slopes: _Small,
+    grad_intercepts: _Small,
+    scratch: int,  # address of dyrelu_backward_scratch() bytes, 0 where those are 0
+    place: _Place,
+    /,
+) -> None: ...
+def dyrelu_backward_scratch(shape: tuple[int, int, int, int], planar: bool, dtype: int, place: _Place, /) -> int: ...
 def attention_forward(
     shape: tuple[int, int, int, int, int],  # N, C, H * W, hidden padded to a multiple of 16, padding
     planar: bool,

@@ -272,12 +272,12 @@ def dyrelu_backward(gy: Tensor, x: Tensor, slopes: Tensor, intercepts: Tensor) -
     """
     work = _computing_dtype(x.dtype)
     gy_, x_, slopes_ = gy.to(work), x.to(work), slopes.to(work)
-    index = _steepest(x_, slopes_, intercepts.to(work))[1].flatten(2)
+    index = _steepest(x_, slopes_, intercepts.to(work))[1][..., None].flatten(2)  # (N, C, P)
     gx = gy_ * slopes_.gather(2, index).reshape(x.shape)
 
     def by_line(terms: Tensor) -> Tensor:
-        lines = range(slopes.shape[2])
-        chosen = [torch.where(index == k, terms.flatten(2), torch.zeros_like(terms.flatten(2))) for k in lines]
+        flat = terms[..., None].flatten(2)
+        chosen = [torch.where(index == k, flat, torch.zeros_like(flat)) for k in range(slopes.shape[2])]
         return torch.stack([part.sum(2) for part in chosen], dim=2)
 
     return gx.to(x.dtype), by_line(gy_ * x_).to(slopes.dtype), by_line(gy_).to(intercepts.dtype)

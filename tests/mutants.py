@@ -70,6 +70,7 @@ CUDA, TRITON = "csrc/cuda", "sparta_kernels/backends/triton"
 ATTENTION, CALLS = "tests/test_attention.py", "tests/test_attention_calls.py"
 WHOLE, FROZEN = "tests/test_whole_sparta.py", "tests/test_frozen_sparta.py"
 TWO = "tests/test_gate_of_sum.py"
+FUSED = "tests/test_fused_activations.py"
 FINITE = f"{ATTENTION}::test_what_is_not_finite_stays_in_its_pixel_and_its_image"
 SUMS = f"{CALLS}::test_of_a_sum_written_over_x"
 EMULATED, INTERPRETED = "emulated", "triton"  # `only` the tests on the CUDA kernels, and on Triton's
@@ -286,14 +287,41 @@ FAULTS = [
     Fault("high-index", PHILOX, "(unsigned_index >> 32)", "(unsigned_index >> 31)", PGD),
     # The arithmetic.
     Fault("gx-sign", ACTIVATION, "zero : gy * phi;", "zero : -gy * phi;", GATE),
-    Fault("gx-at-zero", ACTIVATION, "x <= zero ?", "x < zero ?", GATE),
-    Fault("slope-dropped", ACTIVATION, " * phi.complement", "", GATE),
+    Fault("gx-at-zero", ACTIVATION, "x <= zero ? zero : gy * phi;", "x < zero ? zero : gy * phi;", GATE),
+    Fault("slope-dropped", ACTIVATION, "relu(x) * phi.complement", "relu(x)", GATE),
     Fault(
         "ball-order",
         ACTIVATION,
         "clamp(Real(moved - clean), Real(-eps), eps)",
         "Real(clamp(moved, Real(clean - eps), Real(clean + eps)) - clean)",
         PGD,
+    ),
+    # swish-relu, smooth-relu and dyrelu.
+    *(
+        Fault(f"activation-{name}", file, old, new, FUSED)
+        for name, file, old, new in (
+            ("swish", ACTIVATION, "(1.0f + x * phi.complement)", "(1.0f - x * phi.complement)"),
+            ("near", ACTIVATION, "? x * t * log.curve :", "? x * log.curve :"),
+            ("term", ACTIVATION, "(inverse - log.curve)", "(inverse + log.curve)"),
+            ("far", ACTIVATION, "? t * inverse : 1.0f - inverse;", "? t * inverse : 1.0f + inverse;"),
+            ("beta", ACTIVATION, "if (!(beta < smallest)) inverse", "if (true) inverse"),
+            ("tie", ACTIVATION, "(other <= value) |", "(other < value) |"),
+            ("nan", ACTIVATION, "(other <= value) | (value != value)", "(other <= value)"),
+            ("lines", "csrc/cpu/dyrelu.cpp", "sums.slope[k] += own ? product", "sums.slope[k] += own ? gy"),
+            ("missing", "csrc/cpu/dyrelu.cpp", "k < lines ? k : 0;", "k < lines ? k : lines;"),
+            ("chunks", "csrc/cpu/dyrelu.cpp", "chunk = 1; chunk < chunks.count", "chunk = 1; chunk < 1"),
+            ("start", "csrc/cpu/dyrelu.cpp", "(s.planar ? 1 : m.row_stride)", "1"),
+            ("sums", "csrc/cpu/pointwise.cpp", "sum += sums[chunk];", "sum = sums[chunk];"),
+            ("tail", "csrc/cpu/elements.h", "min(Lanes::lanes, count - k);", "Lanes::lanes;"),
+            ("slice", LIBRARY, "value.select(dim, i)", "value.select(dim, 0)"),
+            (
+                "order",
+                "sparta_kernels/backends/native_activations.py",
+                "in_order_of(grad, gx), in_order_of(x, gx)\n    gb",
+                "grad, x\n    gb",
+            ),
+            ("specification", "sparta_kernels/reference.py", "torch.log1p(t) - slope)", "torch.log1p(t) + slope)"),
+        )
     ),
     # The gate's kernels.
     Fault("gspatial-kernel", KERNELS, "gs[i] *= factors.kernel", "gs[i] *= 1", GATE),

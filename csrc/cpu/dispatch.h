@@ -19,6 +19,12 @@ struct CpuKernels {
   decltype(&baseline::pgd_start) pgd_start;
   decltype(&baseline::relu_forward) relu_forward;
   decltype(&baseline::relu_backward) relu_backward;
+  decltype(&baseline::swish_relu_forward) swish_relu_forward;
+  decltype(&baseline::swish_relu_backward) swish_relu_backward;
+  decltype(&baseline::smooth_relu_forward) smooth_relu_forward;
+  decltype(&baseline::smooth_relu_backward) smooth_relu_backward;
+  decltype(&baseline::dyrelu_forward) dyrelu_forward;
+  decltype(&baseline::dyrelu_backward) dyrelu_backward;
   decltype(&baseline::attention_forward) attention_forward;
   decltype(&baseline::attention_backward) attention_backward;
 };

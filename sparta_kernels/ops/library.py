@@ -49,7 +49,8 @@ def one_by_one(operation: Any) -> None:
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         def slices(i: int) -> list[Any]:
-            return [value if dim is None else value.select(dim, i) for value, dim in zip(args, in_dims, strict=True)]
+            pairs = zip(args, in_dims, strict=True)
+            return [value.select(dim, i) if isinstance(dim, int) else value for value, dim in pairs]
 
         outputs = [operation(*slices(i)) for i in range(info.batch_size)]
         if isinstance(outputs[0], Tensor):
