@@ -488,6 +488,7 @@ def test_two_processes_write_and_speak_as_one(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("net: 1 epoch,") == 1
     assert result.stderr.count("clean test error") == 1
+    assert "UserWarning" not in result.stderr
     assert sorted(os.listdir(tmp_path)) == ["logs", "net", "net.csv", "net.json", "net.toml"]
     assert len(os.listdir(tmp_path / "logs")) == 2  # one file of events
     assert len(_rows(tmp_path / "net.csv")) == 1

@@ -202,10 +202,8 @@ def train(
     options.save(json_file, options.document("train", settings.as_dict(), results, place, seed))
     last = history[-1]
     robust = "" if last.robust_error is None else f"robust test error {report.percent(last.robust_error)}, "
-    console.print(
-        f"{checkpoint}: {len(history)} epochs, {robust}clean test error {report.percent(last.clean_error)}",
-        soft_wrap=True,
-    )
+    found = f"{robust}clean test error {report.percent(last.clean_error)}"
+    console.print(f"{checkpoint}: {_count(len(history), 'epoch')}, {found}", soft_wrap=True)
 
 
 def _version(checkpoint: Path) -> tuple[int, int] | None:
