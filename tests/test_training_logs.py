@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
+import re
 import string
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from sparta_kernels.training import Batch, ConfigError, Epoch, TrainingLog, as_toml, read_config
+from sparta_kernels.training import (
+    Batch,
+    ConfigError,
+    Epoch,
+    Settings,
+    TrainingLog,
+    TrainingProgress,
+    as_toml,
+    progress,
+    read_config,
+)
 
 try:
     import tomllib
@@ -158,3 +171,45 @@ def test_an_entry_has_a_known_name_and_a_plain_value(tmp_path):
             read_config(path, known)
     with pytest.raises(FileNotFoundError):
         read_config(tmp_path / "none", known)
+
+
+# ---- on the terminal -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """A function: what the progress of two epochs is on a terminal or not, six seconds a step."""
+
+    def show(terminal):
+        now = [0.0]
+        monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+        text = io.StringIO()
+        console = Console(file=text, force_terminal=terminal, width=120, color_system=None)
+        with TrainingProgress(console, Settings(epochs=2)) as shown:
+            for epoch in (1, 2):
+                for number in (1, 2, 3):
+                    now[0] += 6
+                    shown.batch(_batch(epoch, number))
+                now[0] += 60  # of testing
+                shown.epoch(_epoch(epoch, robust=0.5))
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.getvalue())
+
+    return show
+
+
+def test_a_line_now_and_then_where_there_is_no_terminal(shown):
+    tested = "robust test error 50.0%  clean test error 33.3%  12 images/s"
+    assert shown(terminal=False).splitlines() == [
+        "epoch 1/2, step 2/3  loss 1.000  robust error 50.0%  2.67 images/s  ETA 0:00:24",
+        "epoch 1  loss 1.000  robust training error 10.0%  " + tested,
+        "epoch 2/2, step 1/3  loss 1.000  robust error 50.0%  2.67 images/s  ETA 0:00:52",
+        "epoch 2/2, step 3/3  loss 1.000  robust error 50.0%  2.67 images/s  ETA 0:00:00",
+        "epoch 2  loss 0.500  robust training error 20.0%  " + tested,
+    ]
+
+
+def test_a_bar_on_a_terminal(shown):
+    text = shown(terminal=True)
+    assert text.count("robust test error") == 2
+    assert re.search(r"epoch 2/2 ━+ loss 1\.000  robust error 50\.0%  2\.67 images/s  ETA 0:00:00", text)
+    assert "step" not in text
