@@ -13,7 +13,7 @@ from rich.table import Table as TerminalTable
 from rich.text import Text
 
 from .. import nn
-from .experiments import QUICK_LABEL, READINGS, Need, Run
+from .experiments import QUICK_LABEL, READINGS, READINGS_OF_QUICK, Need, Run
 from .published import Network, Row, Table
 from .runs import Runs
 
@@ -76,7 +76,8 @@ def compare(table: Table, runs: Runs) -> Compared:
     """The table with what the finished runs say."""
     plan = runs.plan
     cells = [{column: _cell(row, column, runs) for column in table.columns} for row in table.rows]
-    notes = plan.readings() + READINGS.get(table.name, []) + _parity(table, runs)
+    notes = plan.readings() + READINGS.get(table.name, [])
+    notes += (READINGS_OF_QUICK.get(table.name, []) if plan.quick else []) + _parity(table, runs)
     notes += [f"the papers: {note}" for note in table.notes]
     return Compared(table, {c: plan.headings[c] for c in table.columns}, cells, plan.quick, notes)
 
