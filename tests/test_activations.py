@@ -318,7 +318,7 @@ def test_reset_parameters_starts_anew(activation):
 def test_where_activations_start():
     x = feature_map().float()
     assert torch.equal(make_activation("feature-denoising", CHANNELS)(x), x.clamp(min=0))
-    assert make_activation("smooth-relu", CHANNELS).b.tolist() == [20]
+    assert make_activation("smooth-relu", CHANNELS).b.tolist() == SmoothReLU().b.tolist() == [20]
     dyrelu = make_activation("dyrelu", CHANNELS)
     with torch.no_grad():
         dyrelu.fc2.weight.zero_(), dyrelu.fc2.bias.zero_()

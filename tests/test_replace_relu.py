@@ -293,11 +293,13 @@ def test_a_model_that_computes_something_else_stays_as_it_was():
             self.relu(out)
             return out
 
-    model, x = net(Writing), images()
-    want, modules = model(x), list(model.modules())
-    with pytest.raises(ValueError, match=r"model must compute the same .* layer1.1.relu, layer2.1.relu, but does not"):
+    model, x = net(), images()
+    model.layer1 = nn.Sequential(Writing(4), Writing(4)).eval()
+    want, modules, kinds = model(x), list(model.modules()), [type(part) for part in model.modules()]
+    with pytest.raises(ValueError, match=r"model must compute the same .* layer1.1.relu, layer2.1.act2, but does not"):
         replace_relu(model)
     assert list(model.modules()) == modules
+    assert [type(part) for part in modules] == kinds
     assert torch.equal(model(x), want)
 
 
@@ -422,6 +424,14 @@ def test_hooks_and_attributes_of_a_block_stay():
     model(images())
     assert seen == ["hook"]
     assert model.layer1[1].note == "kept"
+
+
+@pytest.mark.parametrize("activation", ["sparta", "se", "dyrelu", "feature-denoising"])
+def test_relus_of_activations_are_theirs(activation):
+    model, seen = net(), []
+    replace_relu(model, activation)
+    replace_relu(model, "elu", lambda name, channels: not seen.append(name))
+    assert seen == ["relu", *(f"layer{i}.{rest}" for i in (1, 2) for rest in ("0.act1", "0.act2", "1.relu"))]
 
 
 def test_again(replaced):
