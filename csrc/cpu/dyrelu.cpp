@@ -19,6 +19,15 @@ struct Chunks {
       : pixels(max(512, 65536 / max(1, s.channels) / 64 * 64)), count(max(1, ceil_div(s.pixels, pixels))) {}
 };
 
+// The value, of which the compiler knows nothing. Of masks that follow from masks GCC makes code for one lane at a time.
+SPARTA_INLINE double opaque(double value) { return value; }
+SPARTA_INLINE FloatVector opaque(FloatVector value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+
 // A register's worth of K lines, and of their gradients' sums.
 template <class T, int K>
 struct Lines {
@@ -58,9 +67,9 @@ struct Lines {
   // gx; and the terms of the lines' own gradients, added to `sums`.
   SPARTA_INLINE Vector backward(Vector x, Vector gy, Lines& sums) const {
     const auto found = largest(x);
-    const Vector zero{}, product = gy * x;
+    const Vector zero{}, product = gy * x, index = opaque(found.index);
     for (int k = 0; k < K; ++k) {
-      const auto own = found.index == zero + static_cast<Acc>(k);
+      const auto own = index == zero + static_cast<Acc>(k);
       sums.slope[k] += own ? product : zero;
       sums.intercept[k] += own ? gy : zero;
     }
