@@ -16,6 +16,10 @@ FLOOR_COPIES = {  # of x: what has to be read and written, over one read and one
     "pgd_start": {"call": 1.0},  # read clean, write adv
     # Read a and b, write y; read y's gradient, write the one of both. The bits are 1/64 of a copy in float32.
     "add_relu": {"forward": 1.5, "backward": 1.0},
+    # Read x, write y; read x and gy, write gx. What belongs to channels is little at large sites.
+    "swish_relu": {"forward": 1.0, "backward": 1.5},
+    "smooth_relu": {"forward": 1.0, "backward": 1.5},
+    "dyrelu": {"forward": 1.0, "backward": 1.5},
     # The whole activation and its input's gradient: read x twice, write y; read x and gy twice, write gx. And the bits.
     "activation": {"both": 4.0},
 }

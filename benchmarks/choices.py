@@ -33,6 +33,11 @@ _OPERATIONS = {  # the names of ops.py, and those of the table
     ("pgd_start", "call"): "pgd_start",
     ("add_relu", "forward"): "relu_forward",
     ("add_relu", "backward"): "relu_backward",
+    **{
+        (name, direction): f"{name}_{direction}"
+        for name in ("swish_relu", "smooth_relu", "dyrelu")
+        for direction in ("forward", "backward")
+    },
 }
 _LAYOUTS = {"nchw": "planar", "channels_last": "channels_last"}
 
@@ -86,7 +91,7 @@ def fastest(cells: Iterable[Mapping[str, Any]], capability: str) -> list[Row]:
         if None in taken:
             continue
         operation = _OPERATIONS[cell["operation"], cell["direction"]]
-        layout = _LAYOUTS[cell["layout"]] if cell["operation"] == "gate" else "any"
+        layout = _LAYOUTS[cell["layout"]] if cell["operation"] in ("gate", "dyrelu") else "any"
         kind = (operation, capability, str(DTYPES[cell["dtype"]]).removeprefix("torch."), layout)
         native, triton = (found["median_ms"] for found in taken)
         # Shapes of equal size decide together.

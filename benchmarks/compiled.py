@@ -37,6 +37,12 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 _C_TYPES = {"double": "float64", "float": "float32", "sparta::bfloat16": "bfloat16", "sparta::float16": "float16"}
 SITES = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4))
 BATCH = 512
+_ORDERS = {"planar": torch.contiguous_format, "channels_last": torch.channels_last}
+# Of dyrelu: the usual three lines, the most that there may be, and rows that are not of whole vectors.
+DYRELU = (
+    *((site, layout, 3) for site in (SITES[0], SITES[3]) for layout in _ORDERS),
+    *(((512, 7, 7), layout, 8) for layout in _ORDERS),
+)
 # Of the attention network also where samples straddle tiles, with enough of them that tiles are the larger ones.
 ATTENTION = {
     "bfloat16": (("planar", "channels_last"), (*SITES, (512, 7, 7))),
@@ -47,6 +53,8 @@ MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")  # of sm_80, sm_90 and sm_100
 # Of the native kernels: those of whole vectors. The others read one element at a time, whatever the shape.
 _WHOLE = "16-byte vectors"
 _SINGLE = "single elements"
+_COUNTED = ("gate", "relu", "swish_relu", "smooth_relu")
+_STRAIGHT = ("relu", "swish_relu_forward", "smooth_relu_forward")
 ONE, TWO = " of one", " of two"  # relu: of one tensor, or of the sum of two
 
 
@@ -66,9 +74,9 @@ class Kernel:
             **{key: getattr(self.code, key) for key in ("arch", "registers", "shared", "stack", "local", "spills")},
             "instructions": len(self.code.instructions),
         }
-        if self.name.startswith(("gate", "relu")) and _SINGLE not in self.case and "finish" not in self.name:
-            # The native relu's one loop is for what is left over: a thread has its vectors outside.
-            part = self.code.straight if self.name.startswith("relu") else self.code.main_loop
+        if self.name.startswith(_COUNTED) and _SINGLE not in self.case and "finish" not in self.name:
+            # Where there is one loop, it is for what is left over: a thread has its vectors outside.
+            part = self.code.straight if self.name.startswith(_STRAIGHT) else self.code.main_loop
             traffic = self.code.traffic(DTYPES[self.dtype].itemsize, part)
             facts["main_loop"] = {
                 "elements_per_thread": traffic.elements,
@@ -92,13 +100,19 @@ def native_kernels(archs: Sequence[int]) -> Iterator[Kernel]:
         found = re.search(r"(\w+)_kernel<(.*?)>\(", code.name)
         if found is None or code.arch not in archs:
             continue
-        of_what = {"correlate": "conv_", "grad_tap": "conv_", "step": "pgd_", "start": "pgd_"}.get(found[1], "gate_")
-        of_what = "" if found[1].startswith("relu") else of_what
-        dtype, *vector = (part.strip() for part in found[2].split(","))
-        case = (_SINGLE if vector[0] == "1" else _WHOLE) if vector else ""
-        if found[1].startswith("relu"):
-            case += TWO if vector[1] == "true" else ONE
-        yield Kernel("native", of_what + found[1], _C_TYPES[dtype], case, code)
+        name = found[1]
+        of_what = {"correlate": "conv_", "grad_tap": "conv_", "step": "pgd_", "start": "pgd_"}.get(name, "gate_")
+        of_what = "" if name.startswith(("relu", "smooth", "dyrelu")) else of_what
+        dtype, *rest = (part.strip() for part in found[2].split(","))
+        case = (_SINGLE if rest[0] == "1" else _WHOLE) if rest else ""
+        if name.startswith("relu"):
+            case += TWO if rest[1] == "true" else ONE
+        elif name.startswith("dyrelu") and rest:
+            case += " planar" if rest[1] == "true" else f" channels_last, {rest[2]} lines"
+        elif name.startswith("pointwise"):
+            name = name.replace("pointwise", "swish_relu" if "SwishRelu" in rest[1] else "smooth_relu")
+            of_what = ""
+        yield Kernel("native", of_what + name, _C_TYPES[dtype], case, code)
 
 
 # ---- Triton's ----------------------------------------------------------------------------------------------
@@ -142,8 +156,7 @@ def attention_launches(
     shapes = [(2 * hidden, channels), (2 * hidden,), (hidden,), (1,), (channels, hidden), (channels,), (1,)]
     common, more = (empty(*size) for size in shapes), (empty(hidden, hidden), empty(hidden), empty(hidden))
     weights = AttentionWeights(*common, *(more if dynamic else (None,) * 3))
-    order = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x = empty(*shape, dtype=dtype).contiguous(memory_format=order)
+    x = empty(*shape, dtype=dtype).contiguous(memory_format=_ORDERS[layout])
     packed = triton.pack_attention(weights, dtype)
     forward, found = triton.plan_attention_forward(x, packed, hidden, keep, arch)
     if not keep:
@@ -166,8 +179,7 @@ def triton_launches(arch: int) -> Iterator[tuple[str, str, str, Any]]:
     for dtype_name, dtype in DTYPES.items():
         for channels, height, width in SITES if dtype.itemsize in (4, 2) else SITES[:1]:
             for layout in ("planar", "channels_last"):
-                order = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-                x = empty(BATCH, channels, height, width, dtype=dtype).contiguous(memory_format=order)
+                x = empty(BATCH, channels, height, width, dtype=dtype).contiguous(memory_format=_ORDERS[layout])
                 small = (
                     empty(BATCH, 1, height, width, dtype=dtype),
                     empty(BATCH, channels, dtype=dtype),
@@ -187,6 +199,23 @@ def triton_launches(arch: int) -> Iterator[tuple[str, str, str, Any]]:
                 triton.plan_relu_backward(x, other, bits, x.stride())[0],
             ):
                 yield from ((launch.kernel.__name__, dtype_name, f"64x32x32{number}", launch) for launch in launches)
+        b = empty(1)
+        for launches in (
+            triton.plan_swish_relu_forward(x)[0],
+            triton.plan_swish_relu_backward(x, x)[0],
+            triton.plan_smooth_relu_forward(x, b)[0],
+            triton.plan_smooth_relu_backward(x, x, b, [True, True])[0],
+        ):
+            yield from ((launch.kernel.__name__, dtype_name, "64x32x32", launch) for launch in launches)
+        for site, layout, lines in DYRELU:
+            x = empty(BATCH, *site, dtype=dtype).contiguous(memory_format=_ORDERS[layout])
+            small = empty(BATCH, site[0], lines)
+            case = f"{'x'.join(map(str, site))} {layout}, {lines} lines"
+            for launches in (
+                triton.plan_dyrelu_forward(x, small, small)[0],
+                triton.plan_dyrelu_backward(x, x, small, small, [True] * 3)[0],
+            ):
+                yield from ((launch.kernel.__name__, dtype_name, case, launch) for launch in launches)
         images, indices = empty(BATCH, 3, 32, 32, dtype=dtype), empty(BATCH, dtype=torch.int64)
         spatial, kernel = empty(BATCH, 1, 32, 32, dtype=dtype), empty(BATCH, 3, 3, dtype=dtype)
         for case, launches in {

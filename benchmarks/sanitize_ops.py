@@ -9,6 +9,7 @@ the GPU. Exit status 1 where a result is wrong.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,8 @@ CONVS = ((1, 1, 1, 1), (3, 5, 7, 3), (2, 33, 31, 5))  # N, H, W, K
 IMAGES = ((1, 1, 1, 1), (2, 3, 5, 7), (3, 3, 33, 31))
 # N, C, H, W, hidden: one element, samples that share a tile and straddle tiles, several tiles of a sample.
 ACTIVATIONS = ((1, 1, 1, 1, 1), (5, 17, 7, 7, 20), (2, 70, 13, 11, 33))
+# N, C, H, W, K: one element, odd rows, whole vectors of channels and of pixels, pixels in several parts.
+DYRELUS = ((1, 1, 1, 1, 1), (3, 5, 7, 3, 8), (2, 16, 8, 8, 3), (2, 130, 4, 4, 2), (1, 3, 91, 93, 3))
 EPS, STEP, SEED = 0.25, 0.0625, 7
 
 Result = tuple[str, Tensor, Tensor]  # what, as it is, as it should be
@@ -83,6 +86,10 @@ def _results(module: Any, device: torch.device, dtype: torch.dtype, some: slice)
         for layout in (torch.contiguous_format, torch.channels_last):
             yield from _attack(module, device, dtype, image, layout)
             yield from _relu(module, device, dtype, image, layout)
+            yield from _pointwise(module, device, dtype, image, layout)
+    for (*image, lines), layout in itertools.product(DYRELUS[some], (torch.contiguous_format, torch.channels_last)):
+        for shifted in (False, True):
+            yield from _dyrelu(module, device, dtype, tuple(image), layout, lines, shifted)
 
 
 def _gate(
@@ -189,6 +196,47 @@ def _relu(
         yield f"{title} gradient", gradient, torch.where(right <= 0, torch.zeros_like(total), total)
     module.relu_forward_(there, other, False)
     yield f"add_relu_ {shape} {layout}", there, reference.add_relu(a, b)
+
+
+def _pointwise(
+    module: Any, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], layout: torch.memory_format
+) -> Iterator[Result]:
+    shifted = layout == torch.channels_last
+    x, gy = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    b = torch.tensor(1.5, dtype=dtype)
+    there, grad, b_there = _put(x, device, shifted), _put(gy, device, shifted), b.to(device)
+    title = f"swish_relu {shape} {layout}"
+    yield f"{title} forward", module.swish_relu_forward(there), reference.swish_relu(x.double())
+    right = reference.swish_relu_backward(gy.double(), x.double())
+    yield f"{title} gradient", module.swish_relu_backward(grad, there), right
+    title = f"smooth_relu {shape} {layout}"
+    yield f"{title} forward", module.smooth_relu_forward(there, b_there), reference.smooth_relu(x.double(), b.double())
+    gradients = module.smooth_relu_backward(grad, there, b_there, [True, True])
+    expected = reference.smooth_relu_backward(gy.double(), x.double(), b.double())
+    for got, wanted in zip(gradients, expected, strict=True):
+        yield f"{title} gradient", got, wanted
+
+
+def _dyrelu(
+    module: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    layout: torch.memory_format,
+    lines: int,
+    shifted: bool,
+) -> Iterator[Result]:
+    """In steps so coarse that no line is rounded: what is the largest is beyond doubt."""
+    x = (4 * torch.randn(shape)).round().div(4).to(dtype).contiguous(memory_format=layout)
+    gy = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+    small = [(2 * torch.randn(*shape[:2], lines)).round().div(2).to(dtype) for _ in range(2)]
+    there = [_put(x, device, shifted), *(tensor.to(device) for tensor in small)]
+    doubles = [tensor.double() for tensor in (x, *small)]
+    title = f"dyrelu {shape} {layout} {lines} lines{' shifted' if shifted else ''}"
+    yield f"{title} forward", module.dyrelu_forward(*there), reference.dyrelu(*doubles)
+    gradients = module.dyrelu_backward(_put(gy, device, shifted), *there, [True] * 3)
+    for got, wanted in zip(gradients, reference.dyrelu_backward(gy.double(), *doubles), strict=True):
+        yield f"{title} gradient", got, wanted
 
 
 def _put(tensor: Tensor, device: torch.device, shifted: bool) -> Tensor:

@@ -1,4 +1,7 @@
-"""The other operations to be measured: dynamic_conv, pgd_step_, pgd_start_ and add_relu, as `gates.py` has the gate."""
+"""The other operations to be measured: dynamic_conv, pgd_step_, pgd_start_ and add_relu, as `gates.py` has the gate.
+
+And with the activations of `elementwise.py` all that there are.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from elementwise import DYRELU, SMOOTH_RELU, SWISH_RELU, Activation
 from gates import KERNELS, SHAPES, Autograd, Call, Candidate, Case, Copy, Inputs, Random, WrongResult, compare, repeat
 from gates import check as check_gate
 from gates import make_candidate as make_gate
@@ -254,12 +258,24 @@ class Operation:
 
 
 _ALL = ("copy", "native", "kernel", "triton", "triton_kernel", "eager", "compile")
+
+
+def _activation(
+    activation: Activation, images: Sequence[tuple[int, int, int]], layouts: Sequence[str] = ("nchw",)
+) -> Operation:
+    ways = activation.make_inputs, activation.make_candidate, activation.check
+    return Operation(*ways, _ALL[:6], images, ("fp32", "bf16"), layouts)
+
+
 OPERATIONS = {
     "gate": Operation(make_gates, make_gate, check_gate, _ALL, SHAPES, ("fp32", "bf16"), ("nchw", "channels_last")),
     "dynamic_conv": Operation(make_convs, make_conv, check_conv, _ALL[:6], ((1, 32, 32),), ("fp32", "bf16"), ("nchw",)),
     "pgd_step": Operation(make_steps, make_step, check_step, _ALL[:6], ((3, 32, 32),), ("fp32",), ("nchw",)),
     "pgd_start": Operation(make_starts, make_start, check_start, _ALL[:5], ((3, 32, 32),), ("fp32",), ("nchw",)),
     "add_relu": Operation(make_sums, make_relu, check_relu, _ALL[:6], ((64, 32, 32),), ("fp32", "bf16"), ("nchw",)),
+    "swish_relu": _activation(SWISH_RELU, SHAPES[:1]),
+    "smooth_relu": _activation(SMOOTH_RELU, SHAPES[:1]),
+    "dyrelu": _activation(DYRELU, (SHAPES[0], SHAPES[3]), ("nchw", "channels_last")),
 }
 
 

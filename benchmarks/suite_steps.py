@@ -39,7 +39,7 @@ _TINY = (
     "--allocator",
     "default",
 )
-_EVERYTHING = ("gate", "dynamic_conv", "pgd_step", "pgd_start", "add_relu")
+_EVERYTHING = ("gate", "dynamic_conv", "pgd_step", "pgd_start", "add_relu", "swish_relu", "smooth_relu", "dyrelu")
 _MARGIN = 18.0  # seconds between a benchmark's budget and its step's limit: to start, to finish the last cell
 # compute-sanitizer's exit status where it has found errors.
 _ERRORS_FOUND = 99

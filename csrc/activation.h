@@ -309,6 +309,7 @@ struct LargestLine {
   Real value, slope;
   Real index;  // a number like the others, so that masks of its comparisons fit them
 
+  LargestLine() = default;
   SPARTA_INLINE LargestLine(Real x, Real slope0, Real intercept0)
       : value(slope0 * x + intercept0), slope(slope0), index(Real{}) {}
 

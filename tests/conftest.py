@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -163,8 +164,11 @@ class GuardedTorch:
 def guarded(monkeypatch: pytest.MonkeyPatch, backend: str) -> Callable[[], None]:
     """Outputs are NaN until they are written, and stand under guard; call it to see whether one is hurt."""
     guarded_torch = GuardedTorch()
-    for module in (layout, backends.module(backend)):
-        monkeypatch.setattr(module, "torch", guarded_torch)
+    backends.module(backend)
+    names = layout.__name__, f"{backends.__name__}.{backend}"  # a backend's functions stand in several modules
+    for name, module in list(sys.modules.items()):
+        if name.startswith(names) and hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", guarded_torch)
     return guarded_torch.check
 
 

@@ -285,11 +285,11 @@ def test_a_broken_candidate_is_left_out(ops, gates, tmp_path, monkeypatch, capsy
 
 def test_every_operation(ops, tmp_path, capsys):
     path = tmp_path / "out.json"
-    operations = ["gate", "dynamic_conv", "pgd_step", "pgd_start", "add_relu"]
+    operations = ["gate", "dynamic_conv", "pgd_step", "pgd_start", "add_relu", "swish_relu", "smooth_relu", "dyrelu"]
     assert run(ops, path, "--operation", *operations, "--layout", "nchw") == 0
     document = json.loads(path.read_text())
     cells = [(c["operation"], tuple(c["shape"]), c["dtype"], c["direction"]) for c in document["results"]]
-    assert len(set(cells)) == len(cells) == (4 + 4) * 2 + 2 + 2 + 8
+    assert len(set(cells)) == len(cells) == (4 + 4) * 2 + 2 + 2 + 4 * 8
     assert ("dynamic_conv", (3, 1, 5, 1), "bf16", "backward") in cells
     found = {c["operation"]: c for c in document["results"] if c["shape"] == [2, 4, 4, 4]}
     assert list(found["pgd_step"]["candidates"]) == ["copy", "native", "kernel", "eager"]
@@ -304,11 +304,13 @@ def test_every_operation(ops, tmp_path, capsys):
         assert heading in printed
 
 
-@pytest.mark.parametrize("operation", ["dynamic_conv", "pgd_step", "pgd_start", "add_relu"])
+@pytest.mark.parametrize(
+    "operation", ["dynamic_conv", "pgd_step", "pgd_start", "add_relu", "swish_relu", "smooth_relu", "dyrelu"]
+)
 def test_wrong_candidates_of_the_other_operations_are_found(modules, operation):
     small = modules["small"]
     parts = small.OPERATIONS[operation]
-    (case,) = small.cases(operation, [2], [(2, 3, 4, 5)], ["fp32"], None)
+    case = small.cases(operation, [2], [(2, 3, 4, 5)], ["fp32"], None)[-1]
     inputs = parts.make_inputs(case, 1, "cpu")
     right = parts.make_candidate("kernel")
     parts.check("right", right, inputs)

@@ -12,6 +12,9 @@ from sparta_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = {80, 90, 100}
+ACTIVATIONS = {
+    f"{name}_{direction}" for name in ("swish_relu", "smooth_relu", "dyrelu") for direction in ("forward", "backward")
+}
 OPERATIONS = {
     "native": {
         "gate_forward",
@@ -23,6 +26,9 @@ OPERATIONS = {
         "pgd_start",
         "relu_forward",
         "relu_backward",
+        "smooth_relu_finish",
+        "dyrelu_finish",
+        *ACTIVATIONS,
     },
     "triton": {
         "gate_forward",
@@ -33,6 +39,8 @@ OPERATIONS = {
         "pgd_start",
         "relu_forward",
         "relu_backward",
+        "add_up",
+        *ACTIVATIONS,
         "attention_forward",
         "attention_finish",
         "attention_backward",
@@ -106,6 +114,20 @@ def test_relu_moves_what_it_must(kernels):
         assert loop["bytes_loaded_per_element"] == size * (2 if kernel["case"].endswith("two") else 1), kernel
         assert loop["elements_per_thread"] >= (4 if size == 8 else 8), kernel
         assert loop["narrow_bytes_per_element"] <= 0.5, kernel
+    assert counted == len(ARCHS) * len(DTYPES) * 4
+
+
+def test_activations_move_what_they_must(kernels):
+    """16 bytes at a time: forward x and y, backward x, gy and gx. dyrelu's coefficients are more."""
+    counted = 0
+    for kernel in kernels:
+        loop, size = kernel.get("main_loop"), DTYPES[kernel["dtype"]]
+        if loop is None or not kernel["name"].startswith(("swish_relu", "smooth_relu")):
+            continue
+        counted += 1
+        assert loop["bytes_stored_per_element"] == size, kernel
+        assert loop["bytes_loaded_per_element"] == size * (1 if kernel["name"].endswith("forward") else 2), kernel
+        assert loop["elements_per_thread"] >= 16 // size, kernel
     assert counted == len(ARCHS) * len(DTYPES) * 4
 
 

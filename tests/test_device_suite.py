@@ -56,8 +56,8 @@ def test_rehearsal_does_every_step(rehearsal):
     assert figures["test"]["gpu_tests"] > 100
     assert figures["test"]["passed"] >= 5
     assert figures["test"]["failed"] == figures["test"]["errors"] == 0
-    assert "344 results of native on cpu checked, 0 wrong" in figures["sanitize"]["plain"]
-    assert figures["ops"]["cells"] == 4 + 2 + 1 + 1 + 2
+    assert "552 results of native on cpu checked, 0 wrong" in figures["sanitize"]["plain"]
+    assert figures["ops"]["cells"] == 4 + 2 + 1 + 1 + 2 + (2 + 2 + 4)  # the last three: activations
     iterations = {f"{activation} fp32 {name}" for activation in ("sparta", "relu") for name in ("loop", "ours-eager")}
     assert set(figures["attack"]["iterations"]) == iterations
     (cell,) = figures["activation"]["cells"].values()

@@ -15,7 +15,7 @@ from pathlib import Path
 import emulator
 import pytest
 import torch
-from cases import ConvCase, GateCase, assert_same_bits
+from cases import ConvCase, GateCase, assert_same_bits, lay
 from emulator import ASCENDING, DESCENDING, build
 from torch import Tensor
 
@@ -291,9 +291,27 @@ def relu() -> list[Tensor]:
     return [y, raw._relu_backward(a, b, bits, y.stride(), "native"), bits.float()]
 
 
+def pointwise() -> list[Tensor]:
+    x, gy = (torch.randn(3, 5, 37, 41, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    raw, b = torch.ops.sparta_kernels, torch.tensor(1.5)
+    results = [raw._swish_relu_forward(x, "native"), raw._swish_relu_backward(gy, x, [True], "native")]
+    results += [raw._smooth_relu_forward(x, b, "native")]
+    return [*results, *raw._smooth_relu_backward(gy, x, b, [True, True], "native")]
+
+
+def largest_line(layout: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, gy = (lay(torch.randn(2, 12, 70, 80, generator=generator), layout) for _ in range(2))
+    small = [torch.randn(2, 12, 3, generator=generator) for _ in range(2)]
+    raw = torch.ops.sparta_kernels
+    grads = raw._dyrelu_backward(gy, x, *small, [True] * 3, "native")
+    return [raw._dyrelu_forward(x, *small, "native"), *grads]
+
+
 OPERATIONS: list[Callable[[], list[Tensor]]] = [*(lambda case=case: gate(case) for case in GATES)]
-OPERATIONS += [convolution, attack, relu]
-NAMES = [*(str(c.shape) for c in GATES), "convolution", "attack", "relu"]
+OPERATIONS += [convolution, attack, relu, pointwise]
+OPERATIONS += [lambda: largest_line("contiguous"), lambda: largest_line("channels_last")]
+NAMES = [*(str(c.shape) for c in GATES), "convolution", "attack", "relu", "pointwise", "dyrelu", "dyrelu last"]
 EACH = pytest.mark.parametrize("operation", OPERATIONS, ids=NAMES)
 
 
@@ -323,7 +341,9 @@ def test_results_do_not_depend_on_the_device(cuda, operation):
 def test_a_launch_that_fails_raises_and_leaves_no_error_behind(cuda, operation):
     count = cuda.last_launch().number
     cuda.fail_next_launch(emulator.OUT_OF_RESOURCES)
-    with pytest.raises(RuntimeError, match=r"^(gate|conv|pgd|relu)_\w+: .*too many resources requested for launch"):
+    with pytest.raises(
+        RuntimeError, match=r"^(gate|conv|pgd|relu|swish_relu|dyrelu)_\w+: .*too many resources requested for launch"
+    ):
         operation()
     assert cuda.last_launch().number == count
     operation()

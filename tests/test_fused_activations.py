@@ -213,14 +213,7 @@ def test_values_and_gradients(backend, operation, case):
 @each
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_every_output_is_written_and_nothing_beside_it(backend, guarded, monkeypatch, operation, dtype, layout):
-    plans = (
-        ("sparta_kernels.backends.triton.pointwise_plan", "sparta_kernels.backends.triton.dyrelu_plan")
-        if backend == "triton"
-        else ("sparta_kernels.backends.native_activations",)
-    )
-    for plan in plans:
-        monkeypatch.setattr(f"{plan}.torch", guarded.__self__)
+def test_every_output_is_written_and_nothing_beside_it(backend, guarded, operation, dtype, layout):
     for shape in SHAPES:
         case = Case(shape, dtype, layout=layout, gradient_layout=layout)
         check(operation, case.inputs(operation), case.gradient(), backend)
@@ -239,6 +232,8 @@ def test_every_output_is_written_and_nothing_beside_it(backend, guarded, monkeyp
     ids=str,
 )
 def test_sums_over_many_chunks_are_the_same_for_any_number_of_threads(backend, operation, shape, dtype, layout):
+    if backend == "triton" and operation is DYRELU:
+        shape = (1, shape[1], 13, shape[3])  # the interpreter takes its time, and has one thread
     case = Case(shape, dtype, layout=layout, gradient_layout=layout)
     inputs, gy = case.inputs(operation), case.gradient()
     torch.set_num_threads(1)

@@ -5,13 +5,27 @@ import gc
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from cases import GateCase, assert_near, assert_same_bits, lay, magnitudes, random, to_double
 from torch import Tensor
 
-from sparta_kernels import attack, backends, build_info, dynamic_conv, nn, pgd_start_, pgd_step_, reference, sparta_gate
+from sparta_kernels import (
+    attack,
+    backends,
+    build_info,
+    dynamic_conv,
+    dyrelu,
+    nn,
+    pgd_start_,
+    pgd_step_,
+    reference,
+    smooth_relu,
+    sparta_gate,
+    swish_relu,
+)
 from sparta_kernels.backends import native
 from sparta_kernels.ops import add_relu_fork
 
@@ -153,6 +167,16 @@ def test_past_2_to_the_31_elements(backend, layout):
 # ---- streams, graphs, devices ------------------------------------------------------------------------------
 
 
+OPERATIONS = ("gate", "gate in parts", "conv", "step", "start", "relu", "swish_relu", "smooth_relu", "dyrelu")
+
+
+def differentiated(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The result and, for a gradient of its own values, all the inputs' gradients."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, out.detach())]
+
+
 def operations(backend: str) -> dict[str, tuple]:
     """For every operation: a function of tensors that it reads, and those tensors."""
 
@@ -163,9 +187,7 @@ def operations(backend: str) -> dict[str, tuple]:
         return pgd_start_(torch.empty_like(clean), clean, indices, EPS, seed=7, backend=backend)
 
     def conv(spatial: Tensor, kernel: Tensor) -> list[Tensor]:
-        leaves = [t.detach().requires_grad_() for t in (spatial, kernel)]
-        out = dynamic_conv(*leaves, backend=backend)
-        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+        return differentiated(partial(dynamic_conv, backend=backend), spatial, kernel)
 
     def gate(gy: Tensor, *inputs: Tensor) -> list[Tensor]:
         return forward_backward(list(inputs), gy, backend)
@@ -184,6 +206,15 @@ def operations(backend: str) -> dict[str, tuple]:
         "step": (step, images),
         "start": (start, [images[0], torch.arange(3)]),
         "relu": (relu, [image - 0.5 for image in images]),
+        "swish_relu": (partial(differentiated, partial(swish_relu, backend=backend)), [images[0] - 0.5]),
+        "smooth_relu": (
+            partial(differentiated, partial(smooth_relu, backend=backend)),
+            [images[0] - 0.5, torch.tensor(2.0)],
+        ),
+        "dyrelu": (
+            partial(differentiated, partial(dyrelu, backend=backend)),
+            [images[0] - 0.5, torch.randn(3, 3, 2), torch.randn(3, 3, 2)],
+        ),
     }
 
 
@@ -191,7 +222,7 @@ def listed(result) -> list[Tensor]:
     return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
-@pytest.mark.parametrize("operation", ["gate", "gate in parts", "conv", "step", "start", "relu"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_work_is_queued_on_the_current_stream(backend, operation):
     """The inputs are there only when that stream has come so far; any other stream would read zeros."""
     function, inputs = operations(backend)[operation]
@@ -213,7 +244,7 @@ def test_work_is_queued_on_the_current_stream(backend, operation):
         assert_same_bits(one, other, operation)
 
 
-@pytest.mark.parametrize("operation", ["gate", "gate in parts", "conv", "step", "start", "relu"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_captured_graph_is_replayed_on_other_values(backend, operation):
     function, inputs = operations(backend)[operation]
     static = [t.clone() for t in inputs]
@@ -238,7 +269,7 @@ def test_a_captured_graph_is_replayed_on_other_values(backend, operation):
             assert_same_bits(got, wanted, f"{operation}, times {factor}")
 
 
-@pytest.mark.parametrize("operation", ["gate", "conv", "step", "start", "relu"])
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "gate in parts"])
 def test_the_second_device(backend, operation):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

@@ -210,6 +210,27 @@ def launches_of_every_kind():
                 *triton.plan_relu_backward(images, other, bits, images.stride())[0],
             ]
             yield from ((f"relu {shape}", entry) for entry in launches)
+    for shape, lines, dtype, channels_last in (
+        ((2, 16, 8, 8), 3, bf16, False),
+        ((2, 16, 8, 8), 1, fp64, True),
+        ((3, 5, 7, 7), 8, torch.float32, False),
+        ((3, 5, 7, 7), 2, torch.float16, True),
+        ((1, 2, 200, 300), 4, bf16, True),  # pixels in parts
+        ((1, 1, 1, 1), 1, torch.float32, False),
+    ):
+        x, b = empty(*shape, dtype=dtype, channels_last=channels_last), empty(1)
+        small = empty(*shape[:2], lines)
+        launches = [
+            *triton.plan_swish_relu_forward(x)[0],
+            *triton.plan_swish_relu_backward(x, x)[0],
+            *triton.plan_smooth_relu_forward(x, b)[0],
+            *triton.plan_smooth_relu_backward(x, x, b, [True, True])[0],
+            *triton.plan_smooth_relu_backward(x, x, b, [True, False])[0],
+            *triton.plan_dyrelu_forward(x, small, small)[0],
+            *triton.plan_dyrelu_backward(x, x, small, small, [True] * 3)[0],
+            *triton.plan_dyrelu_backward(x, x, small, small, [False, True, False])[0],
+        ]
+        yield from ((f"activations {shape}", entry) for entry in launches)
     for shape, hidden, dtype, layout, dynamic in (
         ((3, 20, 5, 5), 24, bf16, "planar", True),  # samples straddle tiles
         ((3, 20, 4, 4), 24, torch.float16, "channels_last", True),
@@ -232,6 +253,8 @@ def test_every_branch_compiles():
     assert "fused" in kernels, "contraction is never seen, so that its absence says nothing"
     names = ("gate_forward", "gate_backward", "gate_finish", "conv_correlate", "conv_grad_kernel", "conv_finish")
     names += ("pgd_step", "pgd_start", "relu_forward", "relu_backward")
+    names += ("swish_relu_forward", "swish_relu_backward", "smooth_relu_forward", "smooth_relu_backward", "add_up")
+    names += ("dyrelu_forward", "dyrelu_backward")
     for name in (*names, "attention_forward", "attention_finish", "attention_backward"):
         assert f" {name} " in done.stdout, name
 

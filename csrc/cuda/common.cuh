@@ -224,6 +224,13 @@ constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements of the wi
 
 inline uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
+// Whether images are read and written in vectors. Strides between fewer than two samples or rows say nothing.
+template <class T, int count>
+bool in_vectors(const Matrices& m, int64_t samples, int64_t rows, int64_t cols) {
+  return cols % count == 0 && address(m.data) % sizeof(Pack<T, count>) == 0 &&
+         (samples < 2 || m.sample_stride % count == 0) && (rows < 2 || m.row_stride % count == 0);
+}
+
 // A vector that nobody writes while the kernel runs, and that is not read again.
 template <class T, int count>
 SPARTA_DEVICE Pack<T, count> read_once(const T* from) {

@@ -144,12 +144,10 @@ class SampleKernel {
   uint64_t bits_;
 };
 
-// Whether an image is read and written in vectors of T. Strides between fewer than two samples or rows say nothing.
+// Whether an image is read and written in vectors of T.
 template <class T>
 bool in_vectors(const GateShape& s, const Matrices& m) {
-  const int64_t rows = s.planar ? s.channels : s.pixels(), cols = s.planar ? s.pixels() : s.channels;
-  return cols % kVector<T> == 0 && address(m.data) % 16 == 0 && (s.samples < 2 || m.sample_stride % kVector<T> == 0) &&
-         (rows < 2 || m.row_stride % kVector<T> == 0);
+  return in_vectors<T, kVector<T>>(m, s.samples, s.planar ? s.channels : s.pixels(), s.planar ? s.pixels() : s.channels);
 }
 
 }  // namespace cuda

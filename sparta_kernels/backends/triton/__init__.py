@@ -15,11 +15,11 @@ from torch import Tensor
 from sparta_kernels.backends.layout import Output, as_rows, gapless, in_order_of, is_planar
 
 try:
-    import triton.language as tl
+    import triton  # noqa: F401
 except ImportError as error:
     raise ImportError(f"the backend 'triton' needs the package triton: pip install triton ({error})") from error
 
-from sparta_kernels.backends.triton import conv, gate, pgd
+from sparta_kernels.backends.triton import gate, pgd
 from sparta_kernels.backends.triton.attention_plan import (  # noqa: F401
     attention_backward_,
     attention_forward,
@@ -28,15 +28,38 @@ from sparta_kernels.backends.triton.attention_plan import (  # noqa: F401
     plan_attention_backward,
     plan_attention_forward,
 )
+from sparta_kernels.backends.triton.conv_plan import (  # noqa: F401
+    conv_backward,
+    conv_forward,
+    plan_conv_backward,
+    plan_conv_forward,
+)
+from sparta_kernels.backends.triton.dyrelu_plan import (  # noqa: F401
+    dyrelu_backward,
+    dyrelu_forward,
+    plan_dyrelu_backward,
+    plan_dyrelu_forward,
+)
 from sparta_kernels.backends.triton.launch import (
     INTERPRETED,
     Launch,
     ceil_div,
-    conv_tiling,
+    check_pixels,
     gate_backward_tiling,
     gate_forward_tiling,
     power_above,
     run,
+    work_types,
+)
+from sparta_kernels.backends.triton.pointwise_plan import (  # noqa: F401
+    plan_smooth_relu_backward,
+    plan_smooth_relu_forward,
+    plan_swish_relu_backward,
+    plan_swish_relu_forward,
+    smooth_relu_backward,
+    smooth_relu_forward,
+    swish_relu_backward,
+    swish_relu_forward,
 )
 from sparta_kernels.backends.triton.relu_plan import (  # noqa: F401
     plan_relu_backward,
@@ -50,19 +73,6 @@ DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 
 
 Sums = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients: gspatial, gchannel, gkernel
-
-
-def _work(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """The type that is computed in, for torch and for Triton."""
-    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
-
-
-def _check_pixels(operation: str, name: str, pixels: int) -> None:
-    """These kernels count a sample's pixels in 32 bits; all else is 64 bits wide."""
-    if pixels > 2**31 - 2**12:
-        raise ValueError(
-            f"{operation}: {name} must have at most 2**31 - 2**12 pixels for backend 'triton', got {pixels}"
-        )
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------
@@ -154,7 +164,7 @@ def plan_gate_backward(
     # What is divided no further is written where it belongs, the rest into a part of its own.
     whole_pixels = pixel_parts == 1 and share == 1
     pixel_sums, channel_sums, kernel_sums = gspatial, gchannel, gkernel
-    work, triton_work = _work(x.dtype)
+    work, triton_work = work_types(x.dtype)
     if gspatial is not None and not whole_pixels:
         pixel_sums = torch.empty((samples, pixel_parts, height * width), dtype=work, device=x.device)
     if gchannel is not None and channel_parts > 1:
@@ -205,7 +215,7 @@ def plan_gate_backward(
         for sums, grad in zip((pixel_sums, channel_sums, kernel_sums), grads, strict=True)
     ]
     if any(grad is not None for grad in left):
-        _check_pixels("sparta_gate", "x", height * width)
+        check_pixels("sparta_gate", "x", height * width)
         cell_height, cell_width = min(share, height), min(share, width)
         terms = min(1024, power_above(cell_height * cell_width * pixel_parts))
         cell_blocks = 0 if left[0] is None else ceil_div(cells_high * cells_wide, 1024 // terms)
@@ -251,76 +261,6 @@ def gate_backward(
     launches, gx, grads = plan_gate_backward(gy, x, spatial, channel, kernel, share, wanted)
     run(launches, x.device)
     return None if gx is None else gx.finish(), *grads
-
-
-# ---- dynamic_conv ------------------------------------------------------------------------------------------
-
-
-def _correlate(source: Tensor, kernel: Tensor, output: Tensor, flipped: bool) -> Launch:
-    samples, _, height, width = source.shape
-    _check_pixels("dynamic_conv", "spatial", height * width)
-    size = kernel.shape[-1]
-    tiling = conv_tiling(height * width, size, source.itemsize)
-    blocks = ceil_div(height * width, tiling.pixels)
-    arguments = (source, kernel, output, height, width, blocks, size, flipped, tiling.taps, tiling.pixels)
-    return Launch(conv.conv_correlate, samples * blocks, arguments, tiling.warps, tiling.registers)
-
-
-def plan_conv_forward(spatial: Tensor, kernel: Tensor) -> tuple[list[Launch], Tensor]:
-    spatial, kernel = spatial.contiguous(), kernel.contiguous()
-    output = torch.empty_like(spatial)
-    return [] if spatial.numel() == 0 else [_correlate(spatial, kernel, output, False)], output
-
-
-def conv_forward(spatial: Tensor, kernel: Tensor) -> Tensor:
-    launches, output = plan_conv_forward(spatial, kernel)
-    run(launches, spatial.device)
-    return output
-
-
-def plan_conv_backward(
-    grad_output: Tensor, spatial: Tensor, kernel: Tensor, wanted: list[bool]
-) -> tuple[list[Launch], tuple[Tensor | None, Tensor | None]]:
-    grad_output, spatial, kernel = grad_output.contiguous(), spatial.contiguous(), kernel.contiguous()
-    grad_spatial = torch.empty_like(spatial) if wanted[0] else None
-    grad_kernel = torch.empty_like(kernel) if wanted[1] else None
-    if spatial.numel() == 0:
-        if grad_kernel is not None:
-            grad_kernel.zero_()  # the sum over nothing
-        return [], (grad_spatial, grad_kernel)
-    launches = []
-    if grad_spatial is not None:
-        launches.append(_correlate(grad_output, kernel, grad_spatial, True))
-    if grad_kernel is not None:
-        samples, _, height, width = spatial.shape
-        _check_pixels("dynamic_conv", "spatial", height * width)
-        size = kernel.shape[-1]
-        taps = size * size
-        rows_in_part = max(1, 16384 // width)
-        parts = ceil_div(height, rows_in_part)
-        sums = grad_kernel
-        work, triton_work = _work(spatial.dtype)
-        if parts > 1:
-            sums = torch.empty((samples, parts, taps), dtype=work, device=spatial.device)
-        tiling = conv_tiling(min(height, rows_in_part) * width, size, spatial.itemsize)
-        tap_blocks = ceil_div(taps, tiling.taps)
-        arguments = (grad_output, spatial, sums, height, width, parts, rows_in_part, tap_blocks)
-        constants = (size, tiling.taps, tiling.pixels)
-        programs = samples * parts * tap_blocks
-        options = (tiling.warps, tiling.registers)
-        launches.append(Launch(conv.conv_grad_kernel, programs, arguments + constants, *options))
-        if parts > 1:
-            finish = (sums, grad_kernel, taps, parts, power_above(taps), min(16, power_above(parts)), triton_work)
-            launches.append(Launch(conv.conv_finish, samples, finish))
-    return launches, (grad_spatial, grad_kernel)
-
-
-def conv_backward(
-    grad_output: Tensor, spatial: Tensor, kernel: Tensor, wanted: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    launches, grads = plan_conv_backward(grad_output, spatial, kernel, wanted)
-    run(launches, spatial.device)
-    return grads
 
 
 # ---- the attack --------------------------------------------------------------------------------------------

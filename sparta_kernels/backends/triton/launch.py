@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import triton
+import triton.language as tl
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -65,6 +66,19 @@ def _interpreting() -> Iterator[None]:
     """The interpreter replaces parts of triton.language while it runs; and it is numpy, which warns of inf and NaN."""
     with _one_at_a_time, np.errstate(all="ignore"):
         yield
+
+
+def work_types(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    """The type that is computed in, for torch and for Triton."""
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def check_pixels(operation: str, name: str, pixels: int) -> None:
+    """These kernels count a sample's pixels in 32 bits; all else is 64 bits wide."""
+    if pixels > 2**31 - 2**12:
+        raise ValueError(
+            f"{operation}: {name} must have at most 2**31 - 2**12 pixels for backend 'triton', got {pixels}"
+        )
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
