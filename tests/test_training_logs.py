@@ -10,7 +10,7 @@ import re
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -139,6 +139,7 @@ _items = st.one_of(
 )
 
 
+@example({"a": 'quotes " and \\ and \n, \x00, \x7f, \u2028, \U0001f600'})
 @given(st.dictionaries(_names, st.one_of(_items, st.lists(_items, max_size=3))))
 def test_configurations_are_read_as_they_were_written(entries):
     found = tomllib.loads(as_toml(entries))

@@ -154,6 +154,7 @@ def test_mismatches_are_refused_and_nothing_changes(stored, tmp_path):
         (large, path, ValueError, "model must have kernel_size 1 at G4.B2"),
         (same, static, ValueError, "model must have dynamic False at G1.B2"),
         (other_sites, path, ValueError, f"where {path} has, at {everywhere}, got G1.B1, G1.B2, G2.B1, G2.B2"),
+        (nn.resnet18(width=2, sites="G1234.B12"), path, ValueError, f"at {everywhere}, got G1.B1, G1.B2, G2.B1"),
         (relu, path, ValueError, f"at {everywhere}, got none"),
         (same, plain, ValueError, f"path must be a network with SPARTA, got {plain}, which has none"),
         (same, tmp_path / "damaged", training.CheckpointError, "damaged"),
