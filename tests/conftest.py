@@ -116,7 +116,8 @@ def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _as_found() -> Iterator[None]:
-    """No test leaves another backend, instruction set or number of threads behind."""
+    """No test leaves another backend, instruction set or number of threads behind, or begins with another seed."""
+    torch.manual_seed(0)
     requested, isa, threads = backends._requested, native._native.isa(), torch.get_num_threads()
     yield
     assert backends._requested == requested, "the test left another backend"
