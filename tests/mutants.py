@@ -227,7 +227,7 @@ FAULTS = [
     Fault("outcome-parity", f"{EVALUATION}/outcomes.py", "(self.RESULTS, self.PARITY):", "(self.RESULTS,):", KEPT),
     Fault("outcome-weights", f"{EVALUATION}/digest.py", "in model.state_dict().items()", "in ()", KEPT),
     Fault("outcome-engine", f"{EVALUATION}/store.py", "outcomes.settings |= late", "pass", KEPT),
-    Fault("outcome-zeros", f"{EVALUATION}/processes.py", "np.dtype(np.float32): np.int32", "", KEPT),
+    Fault("outcome-zeros", "sparta_kernels/processes.py", "np.dtype(np.float32): np.int32", "", KEPT),
     Fault(
         "clean-precision",
         f"{EVALUATION}/batches.py",
