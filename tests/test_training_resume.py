@@ -131,14 +131,18 @@ def test_ctrl_c_waits_for_the_end_of_an_update(tmp_path, whole, monkeypatch):
 def test_an_update_that_breaks_off_is_not_stored(tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
 
-    def stop(*_):  # not by a signal: in the midst of an update
-        raise KeyboardInterrupt
+    update, updates = torch.optim.SGD.step, []
 
-    settings = Settings(**TINY)
+    def stop(*arguments):  # not by a signal: in the midst of the second update
+        updates.append(1)
+        if len(updates) == 2:
+            raise KeyboardInterrupt
+        return update(*arguments)
+
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.SGD, "step", stop)
         with pytest.raises(KeyboardInterrupt):
-            train(settings, path)
+            train(Settings(**TINY | {"attack": "none"}), path)
     assert not path.exists()
 
 
