@@ -64,6 +64,8 @@ LIBRARY, LAYOUT, NATIVE, OPS = (
 
 EVALUATION, ATTACK = "sparta_kernels/evaluation", "sparta_kernels/attack"
 PREPARE, RESTARTS, ENGINES = "tests/test_prepare.py", "tests/test_restarts.py", "tests/test_engines.py"
+LOOP, STEPS, SHARED = "sparta_kernels/training", "tests/test_training_features.py", "tests/test_training_ddp.py"
+RESUMED = "tests/test_training_resume.py", "not killed"
 KEPT, EVALUATED = "tests/test_outcomes.py", "tests/test_evaluation.py"
 ORDERS, MEMORY = "tests/test_emulated_cuda.py", "tests/test_memory.py"
 CUDA, TRITON = "csrc/cuda", "sparta_kernels/backends/triton"
@@ -248,6 +250,26 @@ FAULTS = [
         "cuda-relu-cut", f"{CUDA}/relu.cu", "unsigned{bits[at / 8]} >> i,", "unsigned{bits[at / 8]},", RELU, EMULATED
     ),
     Fault("triton-relu", f"{TRITON}/relu.py", "stops = value <= 0", "stops = value < 0", RELU, INTERPRETED),
+    # Training.
+    Fault("resume-step", f"{LOOP}/step.py", "range(position.step, self.batches)", "range(self.batches)", *RESUMED),
+    Fault("resume-momentum", f"{LOOP}/run.py", "if name in previous.momentum:", "if False:", *RESUMED),
+    Fault("resume-average", f"{LOOP}/run.py", "self.ema.n_averaged.fill_(1)", "pass", *RESUMED),
+    Fault("half-an-update", f"{LOOP}/run.py", "        self._whole = None\n", "", *RESUMED),
+    Fault("interrupted-update", f"{LOOP}/interrupts.py", "held.append(received)", "before(*received)", *RESUMED),
+    Fault("ruined-weights", f"{LOOP}/run.py", "        self.check_finite()\n", "", *RESUMED),
+    Fault("tested-average", f"{LOOP}/loop.py", "Tester(run.tested,", "Tester(run.model,", STEPS, "is_tested"),
+    Fault("trades-weight", f"{LOOP}/objective.py", "self._beta * divergence", "divergence", STEPS, "trades"),
+    Fault("augment-epoch", f"{LOOP}/step.py", "epoch=number, crop", "epoch=1, crop", STEPS, "augmentation"),
+    Fault("frozen-statistics", f"{LOOP}/step.py", "        keep_frozen_in_eval(self.run.model)\n", "", STEPS, "sparta"),
+    Fault(
+        "goal-of-a-graph",
+        f"{ATTACK}/trajectory.py",
+        "soft=self.targets is not None and not targeted",
+        "soft=False",
+        "tests/test_trades.py",
+    ),
+    Fault("share-of-a-batch", f"{LOOP}/step.py", "loss if share == 1 else loss * share", "loss", SHARED, "process"),
+    Fault("statistics-apart", f"{LOOP}/step.py", "                self._share_statistics()\n", "", SHARED, "resumed"),
     # The CUDA kernels.
     Fault("cuda-stride", f"{CUDA}/gate.cuh", "sample * m.sample_stride", "sample * m.row_stride", GATE, EMULATED),
     Fault(
