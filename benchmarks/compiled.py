@@ -38,11 +38,14 @@ _C_TYPES = {"double": "float64", "float": "float32", "sparta::bfloat16": "bfloat
 SITES = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4))
 BATCH = 512
 _ORDERS = {"planar": torch.contiguous_format, "channels_last": torch.channels_last}
-# Of dyrelu: the usual three lines, the most that there may be, and rows that are not of whole vectors.
-DYRELU = (
-    *((site, layout, 3) for site in (SITES[0], SITES[3]) for layout in _ORDERS),
-    *(((512, 7, 7), layout, 8) for layout in _ORDERS),
-)
+# Of dyrelu: the usual three lines; and the most that there may be, in rows that are not of whole vectors.
+DYRELU = {
+    "float32": ((SITES[0], "planar", 3), (SITES[0], "channels_last", 3)),
+    "bfloat16": (
+        *((SITES[0], "planar", 3), (SITES[0], "channels_last", 3), (SITES[3], "planar", 3)),
+        *(((512, 7, 7), "planar", 8), ((512, 7, 7), "channels_last", 8)),
+    ),
+}
 # Of the attention network also where samples straddle tiles, with enough of them that tiles are the larger ones.
 ATTENTION = {
     "bfloat16": (("planar", "channels_last"), (*SITES, (512, 7, 7))),
@@ -207,7 +210,7 @@ def triton_launches(arch: int) -> Iterator[tuple[str, str, str, Any]]:
             triton.plan_smooth_relu_backward(x, x, b, [True, True])[0],
         ):
             yield from ((launch.kernel.__name__, dtype_name, "64x32x32", launch) for launch in launches)
-        for site, layout, lines in DYRELU:
+        for site, layout, lines in DYRELU.get(dtype_name, ()):
             x = empty(BATCH, *site, dtype=dtype).contiguous(memory_format=_ORDERS[layout])
             small = empty(BATCH, site[0], lines)
             case = f"{'x'.join(map(str, site))} {layout}, {lines} lines"

@@ -345,6 +345,33 @@ FAULTS = [
             ("specification", "sparta_kernels/reference.py", "torch.log1p(t) - slope)", "torch.log1p(t) + slope)"),
         )
     ),
+    *(
+        Fault(f"cuda-{name}", f"{CUDA}/{file}", old, new, FUSED, f"{EMULATED} and {only}")
+        for file, only, name, old, new in (
+            (
+                "pointwise.cu",
+                "many_chunks",
+                "stretch",
+                "first += int64_t{gridDim.x} *",
+                "first += int64_t{2} * gridDim.x *",
+            ),
+            ("pointwise.cu", "only_what", "parts", "i < count; i += kThreads", "i < 1; i += kThreads"),
+            ("dyrelu.cu", "every_output", "lanes", "sum_lanes(sums, 1, cut.lanes);", "sum_lanes(sums, 2, cut.lanes);"),
+            ("dyrelu.cu", "many_chunks", "teams", "line < cut.teams; ++line", "line < 1; ++line"),
+            ("dyrelu.cu", "many_chunks", "finish", "part < cut.parts; ++part, from", "part < 1; ++part, from"),
+            ("dyrelu.cu", "many_chunks", "pixels", "pixel = part * cut.part_pixels + line;", "pixel = line;"),
+        )
+    ),
+    *(
+        Fault(f"triton-{name}", f"{TRITON}/{file}", old, new, FUSED, f"{INTERPRETED} and {only}")
+        for file, only, name, old, new in (
+            ("pointwise.py", "limit_to", "curve", "value * t * (whole - curve)", "value * t * (whole + curve)"),
+            ("pointwise.py", "many_chunks", "stretches", "stretch * BLOCK", "BLOCK"),
+            ("dyrelu.py", "equals", "tie", "(other <= value) |", "(other < value) |"),
+            ("dyrelu.py", "many_chunks", "part", "bound(part * pixels_in_part)", "bound(part)"),
+            ("sums.py", "many_chunks", "sums", "(part < parts) &", "(part < 1) &"),
+        )
+    ),
     # The gate's kernels.
     Fault("gspatial-kernel", KERNELS, "gs[i] *= factors.kernel", "gs[i] *= 1", GATE),
     Fault("gkernel-missing", KERNELS, "grad_kernel += gs[i]", "grad_kernel += 0 * gs[i]", GATE),

@@ -275,7 +275,8 @@ def test_the_important_comes_first_and_compiling_last(seeming_gpu, modules):
     phases = [phase for phase, _, _ in plan]
     assert phases == sorted(phases, reverse=True)  # "measure", then "compile"
     measured = [case for phase, case, _ in plan if phase == "measure"]
-    assert len(measured) == len(cases) == 3 * 4 * 2 * 2 + 2 * 2 + 2 + 2 + 2 * 2
+    activations = 2 * 2 + 2 * 2 + 2 * 2 * 2 * 2
+    assert len(measured) == len(cases) == 3 * 4 * 2 * 2 + 2 * 2 + 2 + 2 + 2 * 2 + activations
     first = measured[:16]
     assert {case.shape[1:] for case in first} == {(64, 32, 32), (128, 16, 16)}
     assert [case.shape[0] for case in first] == [512] * 8 + [1024] * 8
@@ -449,12 +450,12 @@ def test_what_is_not_here_is_refused(modules, monkeypatch, capsys, name, argumen
 def test_the_sanitized_script_checks_what_it_runs(modules, monkeypatch, capsys):
     script = modules["sanitize_ops"]
     assert script.main(["--quick"]) == 0
-    assert "344 results of native on cpu checked, 0 wrong" in capsys.readouterr().out
+    assert "552 results of native on cpu checked, 0 wrong" in capsys.readouterr().out
     native = backends.module("native")
     backward = native.conv_backward
     monkeypatch.setattr(native, "conv_backward", lambda *args: tuple(g * 1.1 for g in backward(*args)))
     assert script.main(["--quick"]) == 1
     assert "sanitize_ops.py: wrong: conv (1, 1, 1, 1) gradient torch.float32" in capsys.readouterr().err
     assert script.main(["--quick", "--dtype", "float16"]) == 1
-    assert "86 results of native on cpu checked, 4 wrong" in capsys.readouterr().out
+    assert "138 results of native on cpu checked, 4 wrong" in capsys.readouterr().out
     assert "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ  # for the script's own process alone
