@@ -124,3 +124,75 @@ def test_a_stored_network_is_the_same_when_it_is_read(activation, tmp_path):
     read, _ = training.load_checkpoint(path)
     assert torch.equal(read(x), model(x))
     assert {name for name, _ in model.named_buffers()} <= set(model.state_dict()), "a buffer that is not stored"
+
+
+def test_the_plan_is_the_papers():
+    plan = papers.Plan()
+    settings = plan.run(Network("sparta"), 0).settings()
+    assert (settings.learning_rate, settings.weight_decay, settings.milestones) == (0.1, 1e-4, (30, 60))
+    assert (settings.attack, settings.attack_steps, settings.eps) == ("sparta", 10, 16 / 255)
+    assert (settings.epochs, settings.batch_size, settings.momentum, settings.width) == (90, 128, 0.9, 64)
+    assert (plan.step_size, plan.report_at, plan.images) == (1 / 255, (10, 30, 50), None)
+    assert plan.run(Network("sparta", training="standard"), 0).settings().attack == "none"
+    words = " ".join(plan.readings())
+    assert "do not give epochs, batch size, momentum, augmentation: here 90, 128, 0.9" in words
+    assert "preset sparta" in words
+    short = papers.Plan(epochs=30, attack="xie2019")
+    assert short.milestones == (10, 20)
+    assert "after epochs 10 and 20 (the papers: 30 and 60)" in " ".join(short.readings())
+    assert "Xie et al. 2019; the papers state step 1/255" in " ".join(short.readings())
+    assert papers.QUICK_LABEL not in words
+    assert papers.QUICK_LABEL in papers.quick_plan().readings()
+
+
+def test_tables_share_runs_and_sources_come_first():
+    plan = papers.Plan()
+    sparta = plan.run(Network("sparta"), 0)
+    sharing = [name for name in papers.experiments() if sparta in papers.needs([name], plan)]
+    assert sharing == ["table2", "table4", "table5", "table6", "table8", "table9", "figure3"]
+    counts = {name: len(papers.needs([name], plan)) for name in papers.experiments()}
+    assert counts == {
+        **{"table2": 6, "table3": 3, "table4": 6, "table5": 3, "table6": 28, "table7": 14, "table8": 6, "table9": 6},
+        **{"figure1": 4, "figure3": 6},
+    }
+    every = papers.needs(papers.experiments(), plan)
+    assert len(every) == 57
+    order = list(every)
+    assert all(order.index(run.source) < order.index(run) for run in order if run.source)
+    assert len({run.name for run in order}) == len({run.folder for run in order}) == 57
+    standard = replace(sparta.network, training="standard")
+    wanted = papers.needs(["table6", "figure3"], plan)
+    assert wanted[plan.run(standard, 0)] is papers.Need.ATTACKED, "Figure 3 wants more than Table 6"
+    assert papers.needs(["table6"], plan)[plan.run(standard, 0)] is papers.Need.CLEAN
+
+
+def test_a_run_is_another_one_with_other_settings():
+    network = Network("sparta", source=(("model", "resnet34"),))
+    folders = {
+        plan.run(network, seed).folder
+        for plan in (
+            papers.Plan(),
+            papers.Plan(epochs=30),
+            papers.Plan(precision="bf16"),
+            papers.Plan(attack="xie2019"),
+            papers.quick_plan(),
+        )
+        for seed in (0, 1)
+    }
+    assert len(folders) == 10
+    names = {papers.quick_plan().run(Network("relu", data=data), 0).folder for data in ("cifar10", "svhn")}
+    assert len(names) == 2, "digits for one data set are not digits for another"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"seeds": 0}, "seeds"),
+        ({"attack": "none"}, "attack"),
+        ({"precision": "fp8"}, "precision"),
+    ],
+)
+def test_a_wrong_plan_is_refused(arguments, name):
+    with pytest.raises(ValueError, match=f"{name} must"):
+        papers.Plan(**arguments)
