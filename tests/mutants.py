@@ -72,7 +72,7 @@ CUDA, TRITON = "csrc/cuda", "sparta_kernels/backends/triton"
 ATTENTION, CALLS = "tests/test_attention.py", "tests/test_attention_calls.py"
 WHOLE, FROZEN = "tests/test_whole_sparta.py", "tests/test_frozen_sparta.py"
 TWO = "tests/test_gate_of_sum.py"
-FUSED = "tests/test_fused_activations.py"
+FUSED, PLANS = "tests/test_fused_activations.py", "tests/test_triton.py"
 FINITE = f"{ATTENTION}::test_what_is_not_finite_stays_in_its_pixel_and_its_image"
 SUMS = f"{CALLS}::test_of_a_sum_written_over_x"
 EMULATED, INTERPRETED = "emulated", "triton"  # `only` the tests on the CUDA kernels, and on Triton's
@@ -346,30 +346,73 @@ FAULTS = [
         )
     ),
     *(
-        Fault(f"cuda-{name}", f"{CUDA}/{file}", old, new, FUSED, f"{EMULATED} and {only}")
-        for file, only, name, old, new in (
+        Fault(f"{kernels}-{name}", f"{folder}/{file}", old, new, tests, f"{kernels} and {only}")
+        for kernels, folder, tests, file, only, name, old, new in (
             (
+                "emulated",
+                CUDA,
+                ORDERS,
                 "pointwise.cu",
-                "many_chunks",
+                "stretches",
                 "stretch",
-                "first += int64_t{gridDim.x} *",
-                "first += int64_t{2} * gridDim.x *",
+                "int64_t{gridDim.x} *",
+                "int64_t{2} * gridDim.x *",
             ),
-            ("pointwise.cu", "only_what", "parts", "i < count; i += kThreads", "i < 1; i += kThreads"),
-            ("dyrelu.cu", "every_output", "lanes", "sum_lanes(sums, 1, cut.lanes);", "sum_lanes(sums, 2, cut.lanes);"),
-            ("dyrelu.cu", "many_chunks", "teams", "line < cut.teams; ++line", "line < 1; ++line"),
-            ("dyrelu.cu", "many_chunks", "finish", "part < cut.parts; ++part, from", "part < 1; ++part, from"),
-            ("dyrelu.cu", "many_chunks", "pixels", "pixel = part * cut.part_pixels + line;", "pixel = line;"),
-        )
-    ),
-    *(
-        Fault(f"triton-{name}", f"{TRITON}/{file}", old, new, FUSED, f"{INTERPRETED} and {only}")
-        for file, only, name, old, new in (
-            ("pointwise.py", "limit_to", "curve", "value * t * (whole - curve)", "value * t * (whole + curve)"),
-            ("pointwise.py", "many_chunks", "stretches", "stretch * BLOCK", "BLOCK"),
-            ("dyrelu.py", "equals", "tie", "(other <= value) |", "(other < value) |"),
-            ("dyrelu.py", "many_chunks", "part", "bound(part * pixels_in_part)", "bound(part)"),
-            ("sums.py", "many_chunks", "sums", "(part < parts) &", "(part < 1) &"),
+            ("emulated", CUDA, FUSED, "pointwise.cu", "many_chunks", "sum", "i < count; i +=", "i < 1; i +="),
+            (
+                "emulated",
+                CUDA,
+                FUSED,
+                "dyrelu.cu",
+                "every_output",
+                "lanes",
+                "(sums, 1, cut.lanes)",
+                "(sums, 2, cut.lanes)",
+            ),
+            (
+                "emulated",
+                CUDA,
+                FUSED,
+                "dyrelu.cu",
+                "many_chunks",
+                "teams",
+                "line < cut.teams; ++line",
+                "line < 1; ++line",
+            ),
+            (
+                "emulated",
+                CUDA,
+                FUSED,
+                "dyrelu.cu",
+                "many_chunks",
+                "finish",
+                "part < cut.parts; ++part",
+                "part < 1; ++part",
+            ),
+            (
+                "emulated",
+                CUDA,
+                FUSED,
+                "dyrelu.cu",
+                "many_chunks",
+                "pixel",
+                "cut.part_pixels + line;",
+                "cut.teams + line;",
+            ),
+            ("triton", TRITON, PLANS, "pointwise.py", "stretches", "stretch", "stretch * BLOCK", "BLOCK"),
+            ("triton", TRITON, FUSED, "pointwise.py", "limit_to", "curve", "(whole - curve)", "(whole + curve)"),
+            ("triton", TRITON, FUSED, "dyrelu.py", "equals", "tie", "(other <= value) |", "(other < value) |"),
+            (
+                "triton",
+                TRITON,
+                FUSED,
+                "dyrelu.py",
+                "every_output",
+                "own",
+                "index == k, grad, 0.0",
+                "index >= k, grad, 0.0",
+            ),
+            ("triton", TRITON, FUSED, "sums.py", "many_chunks", "parts", "(part < parts) &", "(part < 1) &"),
         )
     ),
     # The gate's kernels.

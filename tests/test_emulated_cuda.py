@@ -19,7 +19,7 @@ from cases import ConvCase, GateCase, assert_same_bits, lay
 from emulator import ASCENDING, DESCENDING, build
 from torch import Tensor
 
-from sparta_kernels import dynamic_conv, pgd_start_, pgd_step_, sparta_gate
+from sparta_kernels import dynamic_conv, pgd_start_, pgd_step_, reference, sparta_gate
 from sparta_kernels.backends import native
 
 pytestmark = pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable()))
@@ -355,6 +355,18 @@ def test_kernels_run_on_the_given_device_and_stream(cuda, operation, monkeypatch
     operation()
     assert cuda.last_launch()[-2:] == (1, 0x1234)
     assert cuda.current_device() == 0, "the caller's device must be the current one again"
+
+
+def test_blocks_take_several_stretches_where_there_are_many(cuda):
+    """Every block's sum is of more than one: there are 4096 parts at most, here of 512 elements a time."""
+    elements = 4096 * 512 + 700
+    x = torch.ones(elements + 1)[1:]  # not aligned
+    x[elements // 2 :] = 2
+    b = torch.tensor(1.5)
+    gx, gb = torch.ops.sparta_kernels._smooth_relu_backward(x, x, b, [True, True], "native")
+    want_x, want_b = reference.smooth_relu_backward(x.double(), x.double(), b.double())
+    torch.testing.assert_close(gx.double(), want_x, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gb.double(), want_b, rtol=1e-6, atol=0)
 
 
 def test_a_device_that_is_not_there(cuda, monkeypatch):

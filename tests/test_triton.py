@@ -20,7 +20,7 @@ from sparta_kernels import backends, dynamic_conv, reference
 pytest.importorskip("triton")
 
 from sparta_kernels.backends import triton
-from sparta_kernels.backends.triton import launch
+from sparta_kernels.backends.triton import launch, pointwise_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 SITES = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4))
@@ -308,6 +308,18 @@ def test_parts_of_a_large_map_are_added_up():
     backward = triton.plan_conv_backward(spatial, spatial, kernel, [False, True])[0]
     assert [entry.kernel.__name__ for entry in backward] == ["conv_grad_kernel", "conv_finish"]
     check(case, "triton")
+
+
+@interpreted
+def test_programs_take_several_stretches_where_there_are_many(monkeypatch):
+    monkeypatch.setattr(pointwise_plan, "_PARTS", 2)
+    x, gy = (torch.randn(1, 7, 30, 31, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    b = torch.tensor(1.5)
+    launches, _ = triton.plan_smooth_relu_backward(gy, x, b, [True, True])
+    assert [entry.programs for entry in launches] == [2, 1]
+    got = triton.smooth_relu_backward(gy, x, b, [True, True])
+    for one, other in zip(got, reference.smooth_relu_backward(gy, x, b), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @interpreted
