@@ -96,8 +96,7 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[gates.Case]
     add("--allocator", choices=timing.ALLOCATORS, default="keep", help=f"{allocators} (default: %(default)s)")
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        parser.error("argument --device: there is no NVIDIA GPU here that torch can use")
+    ops_options.check_device(parser, options.device)
     if options.batch and options.shape:
         parser.error("argument --shape: not allowed with argument --batch")
     if options.backend not in ("auto", "reference") and options.device not in backends.DEVICES.get(options.backend, ()):

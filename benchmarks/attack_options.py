@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from attack_candidates import LIBRARIES, OURS, THEIRS, Entry, missing
-from ops_options import count, seconds
+from ops_options import check_device, check_file, count, seconds
 
 from sparta_kernels import attack, backends
-from sparta_kernels.data.files import check_writable
 
 _CANDIDATES = (*THEIRS, *OURS)
 _FEW = ("loop", "ours-eager", "ours-graph")  # on a GPU: what needs no compiler's time
@@ -47,8 +46,7 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Entry]]:
     add("--resume", action="store_true", help="go on from FILE")
     add("--budget", type=seconds, metavar="SECONDS", help="use about so much time; what it does not do for is listed")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: there is no NVIDIA GPU here that torch can use")
+    check_device(parser, options.device)
     if options.steps < 3:
         parser.error(f"argument --steps: must be at least 3, got {options.steps}")
     if options.threads is not None:
@@ -65,13 +63,9 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Entry]]:
     options.missing = _choose(parser, options)
     if options.resume and options.json is None:
         parser.error("argument --resume: needs --json FILE")
-    if options.json is not None:
-        try:
-            check_writable(options.json)
-        except OSError as error:
-            parser.error(f"argument --json: {error}")
-        if options.resume and not os.path.exists(options.json):
-            parser.error(f"argument --resume: there is no {options.json}")
+    check_file(parser, options.json)
+    if options.resume and not os.path.exists(options.json):
+        parser.error(f"argument --resume: there is no {options.json}")
     return options, _entries(options)
 
 

@@ -87,8 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 def _fill_in(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Settle what depends on other options and on the machine."""
     on_gpu = options.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        parser.error("argument --device: there is no NVIDIA GPU here that torch can use")
+    check_device(parser, options.device)
     if options.batch and options.shape:
         parser.error("argument --shape: not allowed with argument --batch")
     options.seconds = options.seconds or (0.3 if options.quick else 0.2 if on_gpu else 3.0)
@@ -118,20 +117,14 @@ def _usual(candidate: str, options: argparse.Namespace) -> bool:
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace, cases: Sequence[gates.Case]) -> None:
     """Refuse what could not be done, before anything is."""
-    cpus = os.cpu_count() or 1
-    if options.threads > cpus:
-        parser.error(f"argument --threads: must be at most {cpus} (CPUs here), got {options.threads}")
+    check_threads(parser, options.threads)
     compiler = os.environ.get("CXX", "g++")  # as torch.compile looks for it
     if "compile" in options.candidates and shutil.which(compiler) is None:
         parser.error(
             f"argument --candidates: compile needs a C++ compiler, and {compiler} is not here; "
             "install it, set CXX, or name other candidates"
         )
-    if options.json is not None:
-        try:
-            check_writable(options.json)
-        except OSError as error:
-            parser.error(f"argument --json: {error}")
+    check_file(parser, options.json)
     if options.device == "cuda":  # there, a case for which memory is short is left out when that shows
         return
     needed, largest = max((_BUFFERS * case.size * inputs(options, case), str(case)) for case in cases)
@@ -141,6 +134,29 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace, cases: S
             f"{largest} needs about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free; "
             "choose a smaller --batch or --shape"
         )
+
+
+def check_threads(parser: argparse.ArgumentParser, threads: int) -> None:
+    """Refuse more threads than there are CPUs."""
+    cpus = os.cpu_count() or 1
+    if threads > cpus:
+        parser.error(f"argument --threads: must be at most {cpus} (CPUs here), got {threads}")
+
+
+def check_file(parser: argparse.ArgumentParser, path: str | None) -> None:
+    """Refuse a file that --json names and that cannot be written."""
+    if path is None:
+        return
+    try:
+        check_writable(path)
+    except OSError as error:
+        parser.error(f"argument --json: {error}")
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Refuse a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: there is no NVIDIA GPU here that torch can use")
 
 
 def count(text: str) -> int:

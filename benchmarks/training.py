@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import os
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ import device_timing
 import timing
 import torch
 from attack_report import has_amx
-from ops_options import count
+from ops_options import check_device, check_file, check_threads, count
 from other_process import OtherProcess, OtherProcessFailed
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +31,6 @@ from training_eager import Eager, noise
 
 from sparta_kernels import attack, data, training
 from sparta_kernels.attack.prepare import PRECISIONS_ON_CPU
-from sparta_kernels.data.files import check_writable
 from sparta_kernels.report import save_json
 
 FAILED, INTERRUPTED = 1, 130
@@ -97,25 +95,19 @@ def _read(arguments: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=count, default=torch.get_num_threads(), metavar="N")
     add("--json", metavar="FILE", help="write the results here, after every round")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: there is no NVIDIA GPU here that torch can use")
+    check_device(parser, options.device)
     low = [name for name in options.precision if name not in PRECISIONS_ON_CPU]
     if low and options.device == "cpu":
         parser.error(f"argument --precision: {low[0]} needs a GPU")
     if min(options.batch) < 3:
         parser.error(f"argument --batch: must be at least 3, got {min(options.batch)}")
-    if options.threads > (os.cpu_count() or 1):
-        parser.error(f"argument --threads: must be at most {os.cpu_count()} (CPUs here), got {options.threads}")
+    check_threads(parser, options.threads)
     for activation in options.activation:
         try:
             training.build_model("resnet18", {"activation": activation, "width": 1})
         except (TypeError, ValueError) as error:
             parser.error(f"argument --activation: {error}")
-    if options.json is not None:
-        try:
-            check_writable(options.json)
-        except OSError as error:
-            parser.error(f"argument --json: {error}")
+    check_file(parser, options.json)
     return options
 
 

@@ -9,7 +9,6 @@ Prints a table and writes one JSON file, after every round.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 import time
@@ -22,12 +21,11 @@ import timing
 import torch
 import torch.nn.functional as F
 from memory import peak_of_tensors
-from ops_options import count
+from ops_options import check_device, check_file, check_threads, count
 from rich.console import Console
 from rich.table import Table
 
 from sparta_kernels import keep_freed_memory
-from sparta_kernels.data.files import check_writable
 from sparta_kernels.nn import resnet18
 from sparta_kernels.nn import sparta as sparta_module
 from sparta_kernels.report import megabytes, save_json
@@ -110,16 +108,9 @@ def _read(arguments: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=count, default=torch.get_num_threads(), metavar="N")
     add("--json", metavar="FILE", help="write the results here, after every round")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: there is no NVIDIA GPU here that torch can use")
-    cpus = os.cpu_count() or 1
-    if options.threads > cpus:
-        parser.error(f"argument --threads: must be at most {cpus} (CPUs here), got {options.threads}")
-    if options.json is not None:
-        try:
-            check_writable(options.json)
-        except OSError as error:
-            parser.error(f"argument --json: {error}")
+    check_device(parser, options.device)
+    check_threads(parser, options.threads)
+    check_file(parser, options.json)
     return options
 
 
