@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -10,10 +11,10 @@ import pickle
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from sparta_kernels import data, training
-from sparta_kernels.training import CheckpointError, Settings, TrainingDiverged, load_checkpoint, step, train
+from sparta_kernels.training import CheckpointError, Settings, TrainingDiverged, finished, load_checkpoint, step, train
 from sparta_kernels.training.schedule import learning_rate
 
 IMAGES = 50
@@ -260,6 +261,16 @@ def stored(path):
 
 def _with_description(header, **changes):
     return header | {"metadata": json.dumps(json.loads(header["metadata"]) | changes)}
+
+
+def test_a_setting_that_a_run_does_not_know_yet_was_as_it_is_by_default(path, stored):
+    tensors, header = stored
+    known = {name: value for name, value in json.loads(header["metadata"])["settings"].items() if name != "precision"}
+    path.write_bytes(save(tensors, _with_description(header, settings=known)))
+    settings = Settings(**TINY | {"epochs": 1})
+    assert finished(path, settings)
+    assert not finished(path, dataclasses.replace(settings, precision="bf16"))
+    assert len(train(settings, path, resume=True)) == 1
 
 
 def test_damaged_files(path, stored):

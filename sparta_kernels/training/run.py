@@ -202,7 +202,7 @@ def read_run(settings: Settings, checkpoint: str | os.PathLike[str]) -> tuple[Ch
         CheckpointError: it is damaged or has other settings.
     """
     previous = read_checkpoint(checkpoint)
-    different = _differences(settings.as_dict(), previous.metadata["settings"])
+    different = _differences(settings, previous.metadata)
     if different:
         raise CheckpointError(f"checkpoint {checkpoint}: cannot resume with other settings: {different}")
     try:
@@ -233,7 +233,7 @@ def finished(checkpoint: str | os.PathLike[str], settings: Settings) -> bool:
     if not Path(checkpoint).exists():
         return False
     metadata = read_metadata(checkpoint)
-    return metadata["epoch"] == settings.epochs and not _differences(settings.as_dict(), metadata["settings"])
+    return metadata["epoch"] == settings.epochs and not _differences(settings, metadata)
 
 
 def model_arguments(settings: Settings) -> dict[str, Any]:
@@ -250,7 +250,8 @@ def model_arguments(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _differences(new: dict[str, Any], old: dict[str, Any]) -> str:
-    """Which settings differ, in words."""
+def _differences(settings: Settings, metadata: dict[str, Any]) -> str:
+    """Which settings a stored run has otherwise, in words. One that it does not know yet was as it is by default."""
+    new, old = settings.as_dict(), Settings().as_dict() | metadata["settings"]
     keys = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key))
     return ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in keys)
