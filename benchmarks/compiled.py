@@ -56,8 +56,9 @@ MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")  # of sm_80, sm_90 and sm_100
 # Of the native kernels: those of whole vectors. The others read one element at a time, whatever the shape.
 _WHOLE = "16-byte vectors"
 _SINGLE = "single elements"
-_COUNTED = ("gate", "relu", "swish_relu", "smooth_relu")
 _STRAIGHT = ("relu", "swish_relu_forward", "smooth_relu_forward")
+# What is counted: natively, the activations' backward passes have loops in a loop.
+_COUNTED = {"native": ("gate", *_STRAIGHT), "triton": ("gate", "relu", "swish_relu", "smooth_relu")}
 ONE, TWO = " of one", " of two"  # relu: of one tensor, or of the sum of two
 
 
@@ -77,7 +78,7 @@ class Kernel:
             **{key: getattr(self.code, key) for key in ("arch", "registers", "shared", "stack", "local", "spills")},
             "instructions": len(self.code.instructions),
         }
-        if self.name.startswith(_COUNTED) and _SINGLE not in self.case and "finish" not in self.name:
+        if self.name.startswith(_COUNTED[self.backend]) and _SINGLE not in self.case and "finish" not in self.name:
             # Where there is one loop, it is for what is left over: a thread has its vectors outside.
             part = self.code.straight if self.name.startswith(_STRAIGHT) else self.code.main_loop
             traffic = self.code.traffic(DTYPES[self.dtype].itemsize, part)
@@ -111,6 +112,7 @@ def native_kernels(archs: Sequence[int]) -> Iterator[Kernel]:
         if name.startswith("relu"):
             case += TWO if rest[1] == "true" else ONE
         elif name.startswith("dyrelu") and rest:
+            case = case.replace("16-byte", "whole")  # of each channel's own: 16 bytes as they are computed
             case += " planar" if rest[1] == "true" else f" channels_last, {rest[2]} lines"
         elif name.startswith("pointwise"):
             name = name.replace("pointwise", "swish_relu" if "SwishRelu" in rest[1] else "smooth_relu")
