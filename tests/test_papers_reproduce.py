@@ -136,12 +136,16 @@ def test_stopped_anywhere_the_same_command_goes_on(tmp_path, monkeypatch, few_im
     def interrupted(settings, path, *, on_batch, **options):
         def stop(batch):
             on_batch(batch)
-            if batch.epoch == 2:
+            if batch.epoch == stop_in:
                 raise KeyboardInterrupt
 
         return train(settings, path, on_batch=stop, **options)
 
     monkeypatch.setattr(training, "train", interrupted)
+    stop_in = 1
+    assert run(*command).exit_code == 130
+    assert "in its first epoch" in run(*command, "--list").stdout
+    stop_in = 2
     result = run(*command)
     assert result.exit_code == 130
     assert "interrupted; 0 of 3 runs are done, and the same command goes on" in result.stderr

@@ -203,7 +203,9 @@ def _list(wanted: dict[Run, Need], runs: Runs, names: list[str]) -> Table:
     for run, need in wanted.items():
         state = runs.state(run, need)
         words = "done" if state.done else "missing"
-        if not state.done and 0 < state.epochs < run.epochs:
+        if not state.done and not state.epochs and runs.checkpoint(run).exists():
+            words = "in its first epoch"
+        elif not state.done and 0 < state.epochs < run.epochs:
             words = f"epoch {state.epochs} of {run.epochs}"
         elif not state.done and state.epochs:
             words = f"trained, {state.images} images evaluated"
