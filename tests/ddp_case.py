@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -12,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sparta_kernels import data, training
-from sparta_kernels.training import Settings, step, train
+from sparta_kernels import data
+from sparta_kernels.training import Settings, load_checkpoint, step, train
 from sparta_kernels.training import run as run_module
 
 # 50 images in 4 batches of 12 or 13, of which one process gets an image more.
@@ -54,14 +56,24 @@ def main(folder: Path) -> None:
     step.keep_frozen_in_eval = keep
     found["usual"] = losses(Settings(**TINY, ema=0.9), folder / "usual.safetensors", robust_images=20)
 
-    def stop(batch: training.Batch) -> None:
-        if (batch.epoch, batch.number) == (2, 2):
-            raise KeyboardInterrupt
+    # Ctrl-C that reaches one process first, in its attack: all leave after that step.
+    perturb, calls = step.attack.perturb, []
 
+    def interrupted(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        if rank == 1 and len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return perturb(*arguments, **keywords)
+
+    step.attack.perturb = interrupted
     try:
-        train(Settings(**TINY, ema=0.9), folder / "resumed.safetensors", on_batch=stop)
+        train(Settings(**TINY, ema=0.9), folder / "resumed.safetensors")
     except KeyboardInterrupt:
+        found["stopped"] = len(calls)
         dist.barrier()  # process 0 has written
+    step.attack.perturb = perturb
+    found["stored"] = load_checkpoint(folder / "resumed.safetensors")[1]["position"]["step"]
+    dist.barrier()  # and all have read it
     train(Settings(**TINY, ema=0.9), folder / "resumed.safetensors", resume=True, robust_images=20)
 
     # Parameters that want no gradient, one that nothing depends on, and TRADES, where the network is called twice.

@@ -67,7 +67,8 @@ def test_the_usual_curve_is_near_it(found, tmp_path):
     assert means[1] == pytest.approx(means[0], rel=0.15)
 
 
-def test_a_resumed_run_ends_alike(together):
+def test_a_resumed_run_ends_alike(together, found):
+    assert (found["stopped"], found["stored"]) == (6, 2)  # the second step of the second epoch
     one, two = (load_file(together / f"{name}.safetensors") for name in ("usual", "resumed"))
     assert one.keys() == two.keys()
     assert any(name.startswith("ema.") for name in one)

@@ -15,6 +15,7 @@ from sparta_kernels import attack, data, nn, training
 from sparta_kernels.nn import Sparta
 from sparta_kernels.nn import sparta as sparta_module
 from sparta_kernels.training import CheckpointError, Settings, finished, load_checkpoint, read_run, step, train
+from sparta_kernels.training.objective import Objective
 from sparta_kernels.training.run import Run
 from sparta_kernels.training.schedule import learning_rate
 
@@ -123,6 +124,24 @@ def _updates(settings, attacks, low):
         optimizer.step()
         losses.append(loss.item())
     return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(("precision", "wanted"), [("fp32", torch.contiguous_format), ("bf16", torch.channels_last)])
+def test_all_images_of_an_update_are_in_the_weights_memory_format(path, monkeypatch, precision, wanted):
+    load, digits = data.load, data.DATASETS["digits"]
+    monkeypatch.setattr(data, "load", lambda *args: (load(*args)[0].expand(-1, 3, -1, -1), load(*args)[1]))
+    colours = dataclasses.replace(digits, shape=(3, 8, 8), mean=digits.mean * 3, std=digits.std * 3)
+    monkeypatch.setitem(data.DATASETS, "digits", colours)
+    forward, seen = Objective.forward, []
+
+    def spy(self, x, labels, adversarial):
+        seen.extend(images.is_contiguous(memory_format=wanted) for images in (x, adversarial))
+        return forward(self, x, labels, adversarial)
+
+    monkeypatch.setattr(Objective, "forward", spy)
+    train(Settings(**TINY | {"loss": "trades", "precision": precision}), path)
+    assert len(seen) >= 6
+    assert all(seen)
 
 
 @pytest.mark.parametrize("activation", ["sparta", "relu"])

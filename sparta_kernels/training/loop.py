@@ -17,6 +17,7 @@ from ..data.files import check_writable
 from ..memory import keep_freed_memory
 from ..processes import Processes
 from .history import Batch, Epoch
+from .interrupts import uninterrupted
 from .run import Run, read_run
 from .settings import Settings
 from .step import Trainer
@@ -139,8 +140,9 @@ def train(
             if on_epoch is not None:
                 on_epoch(run.history[-1])
     except KeyboardInterrupt:
-        if writes and run.unsaved:
-            run.store(path)
+        with uninterrupted():  # torchrun sends a second one
+            if writes and run.unsaved:
+                run.store(path)
         raise
     processes.wait()  # whoever reads the file next finds it
     return run.history

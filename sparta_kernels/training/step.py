@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .. import attack, data
 from ..attack import Prepared
 from ..processes import Processes
 from .history import Batch
+from .interrupts import uninterrupted
 from .objective import Objective
 from .run import Run, TrainingDiverged
 from .schedule import learning_rate
@@ -75,19 +76,24 @@ class Trainer:
         batches, from_clean = self._order(number)
         self.run.model.train()
         keep_frozen_in_eval(self.run.model)
-        for i in range(position.step, self.batches):
-            start = time.perf_counter()
-            with self._saying_where(number, i):
-                mine = batches[i].tensor_split(self.processes.count)[self.processes.rank]
-                self._share_statistics()
-                x, labels, adversarial = self._attacked(mine, number, clean_start=from_clean[i])
-                with self.run.change():
-                    loss, wrong, rate = self._update(x, labels, adversarial, len(batches[i]), (number - 1, i))
-                    position.step += 1
-                    position.loss, position.wrong = position.loss + loss, position.wrong + wrong
-                    position.rate, position.seconds = rate, position.seconds + time.perf_counter() - start
-            count = len(batches[i])
-            on_step(Batch(number, i + 1, self.batches, count, loss / count, wrong / count))
+        # A process that leaves alone would have the others wait for it: they leave together, after a step.
+        held = uninterrupted if self.processes.count > 1 else nullcontext
+        with held() as interrupts:
+            for i in range(position.step, self.batches):
+                start = time.perf_counter()
+                with self._saying_where(number, i):
+                    mine = batches[i].tensor_split(self.processes.count)[self.processes.rank]
+                    self._share_statistics()
+                    x, labels, adversarial = self._attacked(mine, number, clean_start=from_clean[i])
+                    with self.run.change():
+                        loss, wrong, rate = self._update(x, labels, adversarial, len(batches[i]), (number - 1, i))
+                        position.step += 1
+                        position.loss, position.wrong = position.loss + loss, position.wrong + wrong
+                        position.rate, position.seconds = rate, position.seconds + time.perf_counter() - start
+                count = len(batches[i])
+                on_step(Batch(number, i + 1, self.batches, count, loss / count, wrong / count))
+                if interrupts is not None and self.processes.total(len(interrupts)):
+                    raise KeyboardInterrupt
 
     def _order(self, number: int) -> tuple[tuple[Tensor, ...], list[bool]]:
         """The images of each batch of the epoch, and whether its attack starts on the images themselves."""
@@ -153,6 +159,8 @@ class Trainer:
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         x = x.contiguous(memory_format=run.memory_format)
+        if adversarial is not None:
+            adversarial = adversarial.contiguous(memory_format=run.memory_format)
         dtype = _DTYPES.get(self._settings.precision)
         with self._prepared.arithmetic():
             with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
