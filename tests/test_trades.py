@@ -80,13 +80,17 @@ def test_a_graph_reads_the_distributions_of_its_batch(model, images, graphs):  #
     options = {"targeted": False, "eps": EPS, "step_size": STEP, "steps": 2}
     with torch.no_grad():
         natural = model(images).softmax(1)
+    given, before = [], []
     for count in (6, 4):  # the second batch is filled up to the first's size
         some, soft, labels = images[:count], natural[:count].roll(count % 5, 1), LABELS[:count]
+        given.append(soft)
+        before.append(soft.clone())
         found = perturb(prepared, some, labels, targets=soft, engine="graph", **options)
         assert torch.equal(found, perturb(prepared, some, labels, targets=soft, engine="eager", **options))
     assert graphs.captures == 1
     perturb(prepared, images, LABELS, engine="graph", **options)  # to the labels: another graph
     assert graphs.captures == 2
+    assert all(map(torch.equal, given, before))  # the graph's own memory is no caller's
 
 
 @pytest.mark.parametrize(

@@ -99,14 +99,14 @@ def integers(where: str, name: str, value: object, like: Tensor) -> Tensor:
 
 
 def distributions(where: str, name: str, value: Tensor, like: Tensor) -> Tensor:
-    """A row of probabilities for each image of `like`, (N, classes), detached: at least 0, with a sum of 1."""
+    """A row of probabilities for each image of `like`, (N, classes), as a copy: at least 0, with a sum of 1."""
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{where}: {name} must be integers, or probabilities in float32 or float64, got {value.dtype}")
     if value.ndim != 2 or value.shape[0] != like.shape[0]:
         raise ValueError(f"{where}: {name} must have shape (N, classes) = ({len(like)}, ...), got {tuple(value.shape)}")
     if value.device != like.device:
         raise ValueError(f"{where}: {name} must be on the images' device {like.device}, got {value.device}")
-    value = value.detach()
+    value = value.detach().clone()
     if not bool(((value >= 0).all(1) & ((value.sum(1) - 1).abs() <= 1e-3)).all()):  # NaN fails both
         raise ValueError(f"{where}: {name} must be probabilities: each at least 0, with a sum of 1 for each image")
     return value

@@ -174,7 +174,7 @@ class Trainer:
         if run.ema is not None:
             run.ema.update_parameters(run.model)
         wrong = (logits.detach().argmax(1) != labels).sum()
-        # The host waits for the device here, and nowhere else in an update.
+        # The host waits for the device here, and nowhere else in an update (but where fp16's scaler looks).
         total, errors = self.processes.sums(torch.stack([loss.detach().double() * len(x), wrong.double()]))
         if not math.isfinite(total):
             raise _NotFinite(f"the loss is {total / count}")
