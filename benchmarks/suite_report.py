@@ -91,6 +91,13 @@ def _attack(figures: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: " + ", ".join([f"{times['median_ms']:.2f} ms", *ratios, *memory])
 
 
+def _training(figures: Mapping[str, Any]) -> Iterator[str]:
+    yield from figures.get("failures", ())
+    for name, step in figures.get("steps", {}).items():
+        beside = "" if name.endswith(" ours") else f", {step['over_ours']:.2f} x ours"
+        yield f"{name}: {step['median_ms']:.1f} ms, an epoch of CIFAR-10 {step['epoch_seconds']:.0f} s{beside}"
+
+
 def _activation(figures: Mapping[str, Any]) -> Iterator[str]:
     yield from figures.get("failures", ())
     for name, times in figures.get("cells", {}).items():
@@ -111,6 +118,7 @@ _DETAILS = {
     "sanitize": _sanitize,
     "ops": _ops,
     "attack": _attack,
+    "training": _training,
     "activation": _activation,
     "choices": _choices,
 }

@@ -288,6 +288,26 @@ def attack(job: Job) -> None:
     _finish(job, document)
 
 
+def training(job: Job) -> None:
+    """The benchmark of adversarial training: what an epoch of CIFAR-10 would take."""
+    results = job.folder / "training.json"
+    results.unlink(missing_ok=True)
+    if job.dry_run:
+        choice = ("--device", "cpu", "--width", "2", "--batch", "4", "--steps", "1", "--rounds", "1", "--threads", "1")
+        choice = (*choice, "--precision", "fp32", "--activation", "sparta")
+    else:
+        choice = ("--device", "cuda", "--batch", "128", "--precision", "bf16", "tf32", "--rounds", "15")
+    document = _measured(job, "training.py", results, choice)
+    keys = ("median_ms", "images_per_second", "epoch_seconds", "over_ours")
+    job.figures["steps"] = {
+        " ".join((result["activation"], result["precision"], row["candidate"])): {key: row[key] for key in keys}
+        for result in document["results"]
+        for row in result["entries"]
+        if "median_ms" in row
+    }
+    _finish(job, document)
+
+
 def activation(job: Job) -> None:
     """The benchmark of the whole activation."""
     results = job.folder / "activation.json"
@@ -382,13 +402,14 @@ def _json_line(output: str) -> Any:
     return json.loads(output.strip().splitlines()[-1])
 
 
-# A call's result is 8 files at most on some machines: here are 7, for whoever keeps the output too. Hence so few logs.
+# A call's result is 8 files at most on some machines, and so many these are. Hence so few logs.
 STEPS = {
     "build": Step(build, limit=200, least=20, log="test.log"),
     "test": Step(test, limit=200, least=60, log="test.log", needs=("build",)),
     "sanitize": Step(sanitize, limit=130, least=30, log="test.log", needs=("build",)),
     "ops": Step(ops, limit=160, least=50, log="benchmarks.log", needs=("build",)),
     "attack": Step(attack, limit=75, least=50, log="benchmarks.log", needs=("build",)),
+    "training": Step(training, limit=60, least=30, log="benchmarks.log", needs=("build",)),
     # Last of those that measure: what torch.compile needs is whatever they leave.
     "activation": Step(activation, limit=75, least=30, log="benchmarks.log", needs=("build",)),
     "choices": Step(choices, limit=20, least=10, log="benchmarks.log", after=("ops",)),

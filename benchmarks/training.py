@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "amx": has_amx(),
         "complete": False,
         "results": [],
+        "failed": [],
         "bars": [],
     }
     status = 0
@@ -75,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("training.py: interrupted", file=sys.stderr)
         status = INTERRUPTED
     except (OtherProcessFailed, training.TrainingDiverged, torch.AcceleratorError, OSError) as error:
-        print(f"training.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        document["failed"].append(str(error).splitlines()[0])
+        print(f"training.py: {document['failed'][0]}", file=sys.stderr)
+        _save(options.json, document)
         status = FAILED
     _print(document)
     return status

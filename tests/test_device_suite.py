@@ -17,7 +17,7 @@ import pytest
 from sparta_kernels.backends import choices
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-STEPS = ["build", "test", "sanitize", "ops", "attack", "activation", "choices"]
+STEPS = ["build", "test", "sanitize", "ops", "attack", "training", "activation", "choices"]
 
 
 # ---- the rehearsal -----------------------------------------------------------------------------------------
@@ -60,6 +60,7 @@ def test_rehearsal_does_every_step(rehearsal):
     assert figures["ops"]["cells"] == 4 + 2 + 1 + 1 + 2 + (2 + 2 + 4)  # the last three: activations
     iterations = {f"{activation} fp32 {name}" for activation in ("sparta", "relu") for name in ("loop", "ours-eager")}
     assert set(figures["attack"]["iterations"]) == iterations
+    assert set(figures["training"]["steps"]) == {f"sparta fp32 {name}" for name in ("ours", "eager")}
     (cell,) = figures["activation"]["cells"].values()
     assert list(cell) == ["copy", "relu", "products", "eager", "ours"]
     assert sum(figures["choices"]["rows"].values()) == 10
@@ -74,6 +75,7 @@ def test_rehearsal_leaves_few_small_files(rehearsal):
         "benchmarks.log",
         "ops.json",
         "attack.json",
+        "training.json",
         "activation.json",
         "choices.csv",
     }
