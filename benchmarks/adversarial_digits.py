@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     save_json(folder / "results.json", document)
     draw(folder / "results.png", document)
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table(rows))
+    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(table(rows))
     return 0
 
 
@@ -179,7 +179,8 @@ def draw(path: Path, document: dict[str, Any]) -> None:
             right.scatter([x] * len(values), values, color=colour, s=22, alpha=0.7, linewidths=0)
             right.plot([x - 0.09, x + 0.09], [mean(values)] * 2, color=colour, linewidth=2)
     left.set_yscale("log")
-    left.set_yticks([5, 10, 20, 50, 100], labels=["5%", "10%", "20%", "50%", "100%"])
+    ticks = [1, 2, 5, 10, 20, 50, 100]
+    left.set_yticks(ticks, labels=[f"{tick}%" for tick in ticks])
     left.set_xlabel("epoch")
     left.set_title(
         "Test error under the training attack (PGD-10)\nmean and range over the seeds", fontsize=10, loc="left"
