@@ -177,6 +177,10 @@ def test_results_are_saved_though_nobody_reads_the_table(checkpoint, tmp_path):
         ),
         (MemoryError(), "MemoryError; try a smaller --batch-size"),
         (InductorError(RuntimeError("no compiler"), lambda: 0), "torch.compile failed: "),
+        (
+            RuntimeError("[gloo/tcp/pair.cc:553] Connection closed by peer [::1]:9. GLHF!"),
+            "another process has ended; ",
+        ),
     ],
 )
 def test_what_the_machine_cannot_do_is_one_line(checkpoint, tmp_path, capsys, monkeypatch, error, words):

@@ -217,13 +217,15 @@ def save(json_file: str | None, content: Any) -> None:
 
 
 def machine_failure(error: BaseException) -> str | None:
-    """What to do about memory that ran out, or a compiler that failed; None for any other error."""
+    """What to say of memory that ran out, a compiler that failed, a process that is gone; None for any other error."""
     reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return f"{reason}; try a smaller --batch-size"
     # By its name: importing torch._dynamo takes seconds.
     if any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__):
         return f"torch.compile failed: {reason}; try --engine eager"
+    if isinstance(error, RuntimeError) and any(words in reason for words in ("by peer", "ncclRemoteError")):
+        return "another process has ended; what it said tells why"
     return None
 
 
