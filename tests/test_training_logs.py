@@ -119,6 +119,19 @@ def test_events_of_steps_done_again_are_told_once(tmp_path, scalars):
     assert set(found) == {"batch/loss", "batch/error", *(f"epoch/{name}" for name in Epoch.__dataclass_fields__)}
 
 
+def test_an_epoch_whose_steps_were_done_before_a_resume_is_told(tmp_path, scalars):
+    log = TrainingLog([], tmp_path)
+    for number in (1, 2, 3):
+        log.batch(_batch(1, number))
+    log.close()  # stopped while the epoch's network was tested
+    log = TrainingLog([], tmp_path)
+    log.epoch(_epoch(1))
+    log.batch(_batch(2, 1))
+    log.close()
+    assert scalars(tmp_path)["epoch/loss"] == [(3, 1)]
+    assert [step for step, _ in scalars(tmp_path)["batch/loss"]] == [1, 2, 3, 4]
+
+
 def test_events_of_an_older_run_are_left_out(tmp_path, scalars):
     for loss in (7, 8):
         log = TrainingLog([], tmp_path)

@@ -51,6 +51,7 @@ class TrainingLog:
         self._writer_class = None if folder is None else summary_writer()
         self._events: Any = None
         self._step: int | None = None
+        self._untold: list[Epoch] = []
         if self._history:
             self._write_tables()
 
@@ -63,6 +64,8 @@ class TrainingLog:
             return
         if self._events is None:
             self._events = self._writer_class(str(self._folder), purge_step=self._step)
+            for epoch in self._untold:
+                self._tell(epoch, epoch.epoch * batch.batches)
         self._events.add_scalar("batch/loss", batch.loss, self._step)
         self._events.add_scalar("batch/error", batch.error, self._step)
 
@@ -71,10 +74,15 @@ class TrainingLog:
         self._history.append(epoch)
         self._write_tables()
         if self._events is not None:
-            for name, value in zip(COLUMNS, astuple(epoch), strict=True):
-                if value is not None:
-                    self._events.add_scalar(f"epoch/{name}", value, self._step)
+            self._tell(epoch, self._step)
             self._events.flush()
+        else:  # after a resume from the end of its steps: how many they were is not known yet
+            self._untold.append(epoch)
+
+    def _tell(self, epoch: Epoch, step: int | None) -> None:
+        for name, value in zip(COLUMNS, astuple(epoch), strict=True):
+            if value is not None:
+                self._events.add_scalar(f"epoch/{name}", value, step)
 
     def close(self) -> None:
         """Write what is still in memory."""
