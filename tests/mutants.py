@@ -255,7 +255,7 @@ FAULTS = [
     Fault("resume-momentum", f"{LOOP}/run.py", "if name in previous.momentum:", "if False:", *RESUMED),
     Fault("resume-average", f"{LOOP}/run.py", "self.ema.n_averaged.fill_(1)", "pass", *RESUMED),
     Fault("half-an-update", f"{LOOP}/run.py", "        self._whole = None\n", "", *RESUMED),
-    Fault("interrupted-update", f"{LOOP}/interrupts.py", "held.append(received)", "before(*received)", *RESUMED),
+    Fault("interrupted-update", f"{LOOP}/interrupts.py", "held.append((number, ", "before(*(number, ", *RESUMED),
     Fault("ruined-weights", f"{LOOP}/run.py", "        self.check_finite()\n", "", *RESUMED),
     Fault("tested-average", f"{LOOP}/loop.py", "Tester(run.tested,", "Tester(run.model,", STEPS, "is_tested"),
     Fault("trades-weight", f"{LOOP}/objective.py", "self._beta * divergence", "divergence", STEPS, "trades"),
@@ -268,8 +268,12 @@ FAULTS = [
         "soft=False",
         "tests/test_trades.py",
     ),
+    Fault(
+        "goal-of-a-caller", f"{ATTACK}/checks.py", "value.detach().clone()", "value.detach()", "tests/test_trades.py"
+    ),
+    Fault("trades-format", f"{LOOP}/step.py", "if adversarial is not None:", "if False:", STEPS, "images"),
     Fault("share-of-a-batch", f"{LOOP}/step.py", "loss if share == 1 else loss * share", "loss", SHARED, "process"),
-    Fault("statistics-apart", f"{LOOP}/step.py", "                self._share_statistics()\n", "", SHARED, "resumed"),
+    Fault("statistics-apart", f"{LOOP}/step.py", "self._share_statistics()\n", "pass\n", SHARED, "resumed"),
     # The CUDA kernels.
     Fault("cuda-stride", f"{CUDA}/gate.cuh", "sample * m.sample_stride", "sample * m.row_stride", GATE, EMULATED),
     Fault(
