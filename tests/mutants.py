@@ -416,7 +416,7 @@ FAULTS = [
                 "index == k, grad, 0.0",
                 "index >= k, grad, 0.0",
             ),
-            ("triton", TRITON, FUSED, "sums.py", "many_chunks", "parts", "(part < parts) &", "(part < 1) &"),
+            ("triton", TRITON, FUSED, "sums.py", "many_chunks", "sums", "(part < parts) &", "(part < 1) &"),
         )
     ),
     # The gate's kernels.

@@ -15,11 +15,14 @@ from sparta_kernels import (
     AttentionWeights,
     backends,
     dynamic_conv,
+    dyrelu,
     pgd_start_,
     pgd_step_,
+    smooth_relu,
     sparta_activation,
     sparta_attention,
     sparta_gate,
+    swish_relu,
     use_backend,
 )
 
@@ -72,6 +75,14 @@ GOOD: dict[Callable[..., Any], Callable[[], dict[str, Any]]] = {
     },
     sparta_attention: lambda: {"x": torch.ones(2, 3, 5, 4), "weights": weights(), "backend": "native"},
     sparta_activation: lambda: {"x": torch.ones(2, 3, 5, 4), "weights": weights(), "share": 2, "backend": "native"},
+    swish_relu: lambda: {"x": torch.ones(2, 3, 5, 4), "backend": "native"},
+    smooth_relu: lambda: {"x": torch.ones(2, 3, 5, 4), "b": torch.ones(()), "backend": "native"},
+    dyrelu: lambda: {
+        "x": torch.ones(2, 3, 5, 4),
+        "slopes": torch.ones(2, 3, 2),
+        "intercepts": torch.ones(2, 3, 2),
+        "backend": "native",
+    },
     use_backend: lambda: {"name": "native"},
 }
 
@@ -177,6 +188,14 @@ NOT_WEIGHTS = [
             ),
         )
     ),
+]
+
+NOT_LINES = [
+    *NOT_FLOATS,
+    (torch.ones(1, 3, 2), ValueError, r"must have shape \(N, C, K\) = \(2, 3, 2\), got \(1, 3, 2\)"),
+    (torch.ones(2, 4, 2), ValueError, r"got \(2, 4, 2\)"),
+    (torch.ones(2, 3), ValueError, r"must have shape \(N, C, K\) .*got \(2, 3\)"),
+    (torch.ones(2, 3, 2, device="meta"), ValueError, "must be on cpu like the first tensor, got meta"),
 ]
 
 TABLE: dict[tuple[Callable[..., Any], str], list[tuple[Any, type[Exception], str]]] = {
@@ -285,6 +304,24 @@ TABLE: dict[tuple[Callable[..., Any], str], list[tuple[Any, type[Exception], str
     (sparta_activation, "weights"): NOT_WEIGHTS,
     (sparta_activation, "share"): NOT_SHARES,
     (sparta_activation, "backend"): NOT_BACKENDS,
+    (swish_relu, "x"): NOT_FLOATS,
+    (swish_relu, "backend"): NOT_BACKENDS,
+    (smooth_relu, "x"): NOT_FLOATS,
+    (smooth_relu, "b"): [
+        *NOT_FLOATS,
+        (torch.ones(2), ValueError, r"must have one element, got shape \(2,\)"),
+        (torch.ones(0), ValueError, r"got shape \(0,\)"),
+        (torch.ones((), device="meta"), ValueError, "must be on cpu like the first tensor, got meta"),
+    ],
+    (smooth_relu, "backend"): NOT_BACKENDS,
+    (dyrelu, "x"): [*NOT_FLOATS, (torch.ones(5), ValueError, r"must have shape \(N, C, ...\), got \(5,\)")],
+    (dyrelu, "slopes"): [
+        *NOT_LINES,
+        (torch.ones(2, 3, 0), ValueError, r"with 1 <= K <= 8, got \(2, 3, 0\)"),
+        (torch.ones(2, 3, 9), ValueError, r"with 1 <= K <= 8, got \(2, 3, 9\)"),
+    ],
+    (dyrelu, "intercepts"): [*NOT_LINES, (torch.ones(2, 3, 3), ValueError, r"= \(2, 3, 2\), got \(2, 3, 3\)")],
+    (dyrelu, "backend"): NOT_BACKENDS,
     (use_backend, "name"): [*NOT_BACKENDS, (None, TypeError, "must be a string, got NoneType")],
 }
 
@@ -317,7 +354,8 @@ def test_a_wrong_call_names_its_argument_and_writes_nothing(
     def computed(*_: object) -> None:
         pytest.fail("a kernel ran")
 
-    for name in ("gate_forward", "conv_forward", "attention_forward", "pgd_step", "pgd_start"):
+    kernels = ("gate_forward", "conv_forward", "attention_forward", "pgd_step", "pgd_start")
+    for name in (*kernels, "swish_relu_forward", "smooth_relu_forward", "dyrelu_forward"):
         monkeypatch.setattr(backends.module("native"), name, computed)
     requested = backends._requested
     arguments = GOOD[operation]()

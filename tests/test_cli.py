@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,14 +198,15 @@ def test_what_the_machine_cannot_do_is_one_line(checkpoint, tmp_path, capsys, mo
     assert ("--engine eager" in err) == isinstance(error, InductorError)
 
 
-def test_names_are_no_markup(tmp_path):
-    path = tmp_path / "net[bold]:star:.safetensors"
+def test_names_are_no_markup(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("net[bold]:star:.safetensors")
     result = run("train", path, *TRAIN, "--epochs", 1, "--attack", "none")
     assert f"{path.name}: 1 epoch," in result.stdout.replace("\n", ""), result.output
     result = run("evaluate", path, path, "--steps", 1, "--limit", 4)
     assert result.exit_code == 0, result.output
     assert path.name in result.stdout.replace("\n", "")
-    (tmp_path / "other").write_bytes(path.read_bytes())
-    result = run("evaluate", path, tmp_path / "other", "--steps", 1, "--limit", 4)
+    Path("other").write_bytes(path.read_bytes())
+    result = run("evaluate", path, "other", "--steps", 1, "--limit", 4)
     assert f" {path.stem} " in result.stdout
     assert f"{path.stem}, auto (" in result.stderr

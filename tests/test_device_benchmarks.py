@@ -251,7 +251,8 @@ def test_the_command_as_on_a_gpu(seeming_gpu, tmp_path, capsys):
     assert document["device"]["capability"] == "9.0"
     assert document["device"]["host"]["type"] == "cpu"
     cells = {(c["operation"], *c["shape"], c["layout"], c["direction"]): c for c in document["results"]}
-    assert len(cells) == len(document["results"]) == 2 * 2 * 2 + 2 * 2 + 2 + 2 + 2 * 2
+    activations = (2 + 2 + 2 * 2) * 2
+    assert len(cells) == len(document["results"]) == 2 * 2 * 2 + 2 * 2 + 2 + 2 + 2 * 2 + activations
     found = cells["gate", 2, 8, 4, 4, "nchw", "backward"]
     assert found["inputs"] == 16  # of 1 kB, to fill the ring
     assert list(found["candidates"]) == ["copy", "native", "kernel", "eager", "compile"]

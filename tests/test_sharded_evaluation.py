@@ -141,7 +141,7 @@ def test_what_several_processes_cannot_do(checkpoint, tmp_path, monkeypatch, cap
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     for arguments, code, words in [
-        (["train", tmp_path / "net.safetensors"], 1, "start it without torchrun"),
+        (["reproduce", "table2", "--quick", "--out", tmp_path / "papers"], 1, "start it without torchrun"),
         (["evaluate", checkpoint, "--steps", "0"], 2, "--steps"),
     ]:
         with pytest.raises(SystemExit) as stop:

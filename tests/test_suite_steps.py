@@ -163,8 +163,9 @@ def test_a_process_that_dies_fails_its_test_and_is_replaced(side_by_side, job):
     assert "crashed while running" in failures
 
 
-def test_a_process_that_hangs_does_not_cost_the_others_results(modules, side_by_side, job):
-    job.deadline = time.monotonic() + 25
+def test_a_process_that_hangs_does_not_cost_the_others_results(modules, side_by_side, job, monkeypatch):
+    monkeypatch.setattr(modules["suite_steps"], "_GIVING_UP", 25.0)  # other tests may have the processors
+    job.deadline = time.monotonic() + 40
     with pytest.raises(modules["suite_runner"].StepTimedOut):
         side_by_side(HANGS)
     assert job.figures["passed"] >= 35  # some may have stood behind the one that hangs
