@@ -209,6 +209,16 @@ def test_a_run_that_diverges_is_told_and_the_others_go_on(tmp_path, monkeypatch,
     assert [bool(line["ours"]) for line in lines] == 3 * [False] + 6 * [True]
 
 
+def test_a_picture_of_other_runs_is_not_shown(tmp_path):
+    folder = tmp_path / "quick"
+    folder.mkdir()
+    (folder / "figure1.png").write_bytes(b"by another plan")
+    result = run("reproduce", "figure1", "--quick", "--report-only", "--out", tmp_path)
+    assert result.exit_code == 0
+    assert not (folder / "figure1.png").exists()
+    assert ".png" not in result.output + (folder / "figure1.md").read_text()
+
+
 WRONG = [
     (["table1"], "EXPERIMENTS", "table2"),
     (["table2"], "--data-root", "sparta data fetch cifar10"),

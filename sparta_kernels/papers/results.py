@@ -108,6 +108,7 @@ def _figure1(
             models[label], _ = training.load_checkpoint(runs.checkpoint(run), device)
             data_name = run.data
     maps: list[FeatureMaps] = []
+    (folder / "figure1.png").unlink(missing_ok=True)  # of another plan, perhaps
     if models:
         x, y = images(data_name)
         maps = feature_maps(models, x.to(device), y.to(device), runs.plan)
@@ -143,7 +144,8 @@ def _figure(
     _write(folder / f"{name}.csv", text.getvalue())
     label_lines = [f"**{QUICK_LABEL[0].upper()}{QUICK_LABEL[1:]}.**", ""] if quick else []
     listed = [f"- {line}" for line in [*lines, *notes]]
-    page = [f"# {title}", "", *label_lines, f"![{title}]({name}.png)", "", *listed]
+    picture = [f"![{title}]({name}.png)", ""] if (folder / f"{name}.png").exists() else []
+    page = [f"# {title}", "", *label_lines, *picture, *listed]
     _write(folder / f"{name}.md", "\n".join(page) + "\n")
     heading = f"{title}\n{QUICK_LABEL.upper()}" if quick else title
     content = {"columns": columns, "rows": rows, "lines": lines, "notes": notes}
