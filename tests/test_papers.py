@@ -139,6 +139,7 @@ def test_the_plan_is_the_papers():
     assert "preset sparta" in words
     short = papers.Plan(epochs=30, attack="xie2019")
     assert short.milestones == (10, 20)
+    assert papers.Plan(epochs=2).milestones == (1,)
     assert "after epochs 10 and 20 (the papers: 30 and 60)" in " ".join(short.readings())
     assert "Xie et al. 2019; the papers state step 1/255" in " ".join(short.readings())
     assert papers.QUICK_LABEL not in words

@@ -442,6 +442,14 @@ def test_again(replaced):
     assert torch.equal(pickle.loads(pickle.dumps(block))(x), block(x))
 
 
+@pytest.mark.parametrize("where", ["last-of-group", "last-of-block"])
+def test_the_last_one_is_not_another_one_the_second_time(replaced, where):
+    state = replaced.state_dict().keys()
+    with pytest.raises(ValueError, match=r"where must be a function .* replaced: layer1\.0\.act2, "):
+        replace_relu(copy.deepcopy(replaced), "gelu", where)
+    assert replaced.state_dict().keys() == state
+
+
 def test_compiled_without_a_graph_break(replaced):
     torch._dynamo.reset()
     block, x = replaced.layer1[0], torch.randn(2, 4, 5, 5)

@@ -21,6 +21,7 @@ _SIZES = (32, 64, 224, 299)  # of the images that a model is tried with
 _SHOWN = 12  # of the ReLUs that a printed report lists as not asked for
 _WHERE = ("last-of-group", "last-of-block")
 _NOT_ASKED_FOR = "not asked for"
+_MARK = "stands_for_a_relu"  # of the modules that were put into a model
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ def replace_relu(
         model: takes images and is neither compiled nor wrapped for DistributedDataParallel yet.
         activation: a string for `make_activation`.
         where: which ReLUs. "last-of-group": in every group the last one, in its last block (the papers' sites in a
-            ResNet-18); "last-of-block": the last one of every block of the groups. Or a function that is asked for
-            every ReLU of a feature map, ``where(name, channels)``, by the name that the report would have.
+            ResNet-18); "last-of-block": the last one of every block of the groups; both for a model in which nothing
+            has been replaced yet. Or a function that is asked for every ReLU of a feature map,
+            ``where(name, channels)``, by the name that the report would have.
         example: images that the model takes, on its device; by default a random one with as many channels as the first
             convolution wants, of 32 pixels a side, or else 64, 224 or 299.
 
@@ -124,6 +126,7 @@ def replace_relu(
         raise
     done = [site for site in made if site.name not in left]
     for site in done:
+        setattr(made[site], _MARK, True)
         for parent, key in site.slots:
             parent._modules[key] = made[site]
     report = Replacement(
@@ -251,6 +254,13 @@ def _chosen(model: nn.Module, sites: list[_Site], where: str | Callable[[str, in
         )
     parts = found if where == "last-of-group" else [[block] for group in found for block in group]
     inside = [{module for block in part for module in block.modules()} for part in parts]
+    # The last ReLU that is left there is another one, which nobody means.
+    taken = [name for name, module in model.named_modules() if hasattr(module, _MARK)]
+    if taken:
+        raise ValueError(
+            f"replace_relu: where must be a function of (name, channels) for a model some of whose ReLUs have been "
+            f"replaced, got {where!r}; replaced: {', '.join(taken)}"
+        )
     last = [[site for site in sites if site.call.owner in modules][-1:] for modules in inside]
     return [site for site in sites if any(site in each for each in last)]
 

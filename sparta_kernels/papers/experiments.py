@@ -80,7 +80,7 @@ class Plan:
     def milestones(self) -> tuple[int, ...]:
         if self.epochs > max(published().protocol.milestones):
             return published().protocol.milestones
-        return tuple(max(1, round(self.epochs * part / 3)) for part in (1, 2))
+        return tuple(dict.fromkeys(max(1, round(self.epochs * part / 3)) for part in (1, 2)))
 
     @property
     def headings(self) -> dict[str, str]:
