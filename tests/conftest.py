@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,10 @@ import torch
 
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter; it has to know before it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell that starts the tests in its background has them, and all that they start, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import emulator
 from hypothesis import HealthCheck, Phase, settings
