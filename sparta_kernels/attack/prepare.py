@@ -19,7 +19,7 @@ from . import checks
 from .rewrite import refresh_constants, rewrite
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS_ON_CPU = ("fp32", "bf16")
 
 
@@ -95,7 +95,7 @@ class Prepared(nn.Module):
 
     def _build(self, whole: str | None) -> None:
         """Make the network of what the model is now; `whole` is why not to look into the model."""
-        form = Form(_DTYPES[self.precision], _memory_format(checks.device_of(self.model), self.precision))
+        form = Form(DTYPES[self.precision], _memory_format(checks.device_of(self.model), self.precision))
         # Weights must not be inference tensors, which no gradient can flow past.
         with torch.inference_mode(False), torch.no_grad():
             made = rewrite(self.model, form, whole)

@@ -15,13 +15,6 @@ from .experiments import Need, Run
 from .runs import Runs
 
 _SECONDS_BETWEEN_LINES = 30
-# Images to train on and to test with: for estimates alone.
-_IMAGES = {
-    "digits": (1437, 360),
-    "cifar10": (50_000, 10_000),
-    "svhn": (73_257, 26_032),
-    "tiny-imagenet": (100_000, 10_000),
-}
 
 
 class RunsProgress:
@@ -88,13 +81,13 @@ class RunsProgress:
     def _left(self, run: Run, need: Need) -> tuple[float, float]:
         """What training and evaluation still cost, in passes of an image of 32x32 both ways through a ResNet-18."""
         settings, state = json.loads(run.arguments), self._runs.state(run, need)
-        train, test = _IMAGES[run.data]
-        pixels = data.describe(run.data).shape[1] ** 2 / 32**2
+        dataset = data.describe(run.data)
+        pixels = dataset.shape[1] ** 2 / 32**2
         unit = pixels * {"resnet18": 1.0, "resnet34": 2.1}[run.network.model]
         steps = settings.get("attack_steps", 0)
         attack = self._runs.plan.report_at[-1] if need is Need.ATTACKED else 1
-        tested = 0 if need is Need.TRAINED else (self._runs.plan.images or test) * attack
-        return unit * (run.epochs - state.epochs) * train * (steps + 1.0), unit * tested
+        tested = 0 if need is Need.TRAINED else (self._runs.plan.images or dataset.test_images) * attack
+        return unit * (run.epochs - state.epochs) * dataset.train_images * (steps + 1.0), unit * tested
 
     def _tell(self, done: float, state: str) -> None:
         assert self._run is not None

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import attack, data
 from ..attack import Prepared
+from ..attack.prepare import DTYPES
 from ..processes import Processes
 from .history import Batch
 from .interrupts import uninterrupted
@@ -23,7 +24,6 @@ from .run import Run, TrainingDiverged
 from .schedule import learning_rate
 from .transfer import keep_frozen_in_eval
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # They are taken from process 0 before the attack, not the forward pass. The setting has another name since torch 2.13.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _STATISTICS_BY_US: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
@@ -161,7 +161,7 @@ class Trainer:
         x = x.contiguous(memory_format=run.memory_format)
         if adversarial is not None:
             adversarial = adversarial.contiguous(memory_format=run.memory_format)
-        dtype = _DTYPES.get(self._settings.precision)
+        dtype = DTYPES[self._settings.precision]
         with self._prepared.arithmetic():
             with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
                 loss, logits = self._objective(x, labels, adversarial)
