@@ -22,7 +22,7 @@ import device_timing
 import timing
 import torch
 from attack_breakdown import PARTS, breakdown
-from attack_candidates import EPS, OURS, ROW, STEP, THEIRS, Entry, Settings, WrongResult
+from attack_candidates import COMPILED, EPS, OURS, ROW, STEP, THEIRS, Entry, Settings, WrongResult
 from attack_sides import Sides
 from other_process import OtherProcessFailed
 from rich.console import Console
@@ -46,6 +46,7 @@ ALLOCATOR = "ours under keep_freed_memory; the others under glibc's defaults in 
 _FEWEST_ROUNDS = 3
 _WARM_UP = 0.6  # of a budget: what it does not do for is not measured
 _ROW_ROUNDS = 3
+_ROWED = ("torchattacks", *OURS)
 # Of what a plain loop does to the loss: a rounded gradient, or another library's order of operations.
 _AS_GOOD = (0.8, 1.25)
 
@@ -145,22 +146,40 @@ class _Run:
         begun = time.monotonic()
         until = None if self.end is None else begun + (self.end - begun) / left
         lacking = [name for name in asked if len(known.get(name, {}).get("iteration_ms", ())) < self.options.rounds]
-        row = self.options.row and batch == self.options.batch[0] and not result["row"]
+        in_row = self._in_row(batch, asked, result)
         parts = [name for name in asked if asked[name].candidate in OURS and name not in result["breakdown"]]
-        if not (lacking or row or (parts and self.options.breakdown)):
+        if not (lacking or in_row or (parts and self.options.breakdown)):
             return
         with Sides(settings, batch, entries) as sides:
-            warm_until = None if until is None else begun + _WARM_UP * (until - begun)
-            ready = [name for name in asked if self._warm_up(sides, result, asked[name], warm_until)]
-            ready = self._as_good(sides, result, asked, ready)
-            self._rounds(sides, result, asked, ready, until)
-            if row:
-                self._row(sides, result, asked, ready)
-            if self.options.breakdown:
-                for name in [name for name in ready if name in parts]:
-                    self._tell(f"batch {batch}: profile of {name}")
-                    result["breakdown"].setdefault(name, breakdown(sides.here, asked[name]))
-                    self.save()
+            ready: list[str] = []
+            for names in self._phases(asked):
+                now = time.monotonic()
+                warm_until = None if until is None else now + _WARM_UP * (until - now)
+                new = [name for name in names if self._warm_up(sides, result, asked[name], warm_until)]
+                new = self._as_good(sides, result, asked, new)
+                if not new:
+                    continue
+                self._rounds(sides, result, asked, new, ready, until)
+                self._row(sides, result, asked, [name for name in new if name in in_row])
+                if self.options.breakdown:
+                    for name in [name for name in new if name in parts]:
+                        self._tell(f"batch {batch}: profile of {name}")
+                        result["breakdown"].setdefault(name, breakdown(sides.here, asked[name]))
+                        self.save()
+                ready += new
+
+    def _phases(self, asked: dict[str, Entry]) -> list[list[str]]:
+        """What is measured together. Where time is short, compiling must not cost the others theirs: it comes last."""
+        late = [] if self.end is None else [name for name, entry in asked.items() if entry.candidate in COMPILED]
+        return [[name for name in asked if name not in late], late]
+
+    def _in_row(self, batch: int, asked: dict[str, Entry], result: dict[str, Any]) -> list[str]:
+        """Those whose row has to be timed, torchattacks first."""
+        if not self.options.row or batch != self.options.batch[0]:
+            return []
+        able = [name for name, entry in asked.items() if entry.activation == "sparta" and entry.candidate in _ROWED]
+        known = [row["name"] for row in result["row"]]
+        return sorted((name for name in able if name not in known), key=lambda name: asked[name].candidate in OURS)
 
     def save(self) -> None:
         """Write what there is."""
@@ -225,16 +244,24 @@ class _Run:
         return kept
 
     def _rounds(
-        self, sides: Sides, result: dict[str, Any], asked: dict[str, Entry], ready: list[str], until: float | None
+        self,
+        sides: Sides,
+        result: dict[str, Any],
+        asked: dict[str, Entry],
+        new: list[str],
+        earlier: list[str],
+        until: float | None,
     ) -> None:
+        """Time the new ones, and those of an earlier phase beside them once more."""
         rows = {row["name"]: row for row in result["entries"]}
         order = random.Random(0)
         for turn in range(1, self.options.rounds + 1):
             if turn > _FEWEST_ROUNDS and until is not None and time.monotonic() > until:
                 break
-            left = [name for name in ready if len(rows[name]["iteration_ms"]) < turn]
+            left = [name for name in new if len(rows[name]["iteration_ms"]) < turn]
             if not left:
                 continue
+            left += earlier
             self._tell(f"batch {result['batch']}: round {turn} of {self.options.rounds}")
             order.shuffle(left)
             for name in left:
@@ -243,20 +270,17 @@ class _Run:
                 rows[name]["iteration_faults"].append(faults)
             self.save()
 
-    def _row(self, sides: Sides, result: dict[str, Any], asked: dict[str, Entry], ready: list[str]) -> None:
+    def _row(self, sides: Sides, result: dict[str, Any], asked: dict[str, Entry], names: list[str]) -> None:
         """Clean, PGD-10, PGD-30 and PGD-50: by torchattacks one by one, by ours in one go."""
-        names = [
-            name for name in ready if asked[name].activation == "sparta" and asked[name].candidate == "torchattacks"
-        ]
-        names += [name for name in ready if asked[name].activation == "sparta" and asked[name].candidate in OURS]
         samples: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(1, _ROW_ROUNDS + 1):
+        for turn in range(1, _ROW_ROUNDS + 1) if names else ():
             self._tell(
                 f"batch {result['batch']}: clean + {' + '.join(f'PGD-{k}' for k in ROW)}, {turn} of {_ROW_ROUNDS}"
             )
             for name in names:
                 samples[name].append(sides.call("row", asked[name]))
-        rows = [{"name": name, **asked[name]._asdict(), **timing.summary(samples[name]).as_dict()} for name in names]
+        rows = list(result["row"])
+        rows += [{"name": name, **asked[name]._asdict(), **timing.summary(samples[name]).as_dict()} for name in names]
         library = next((row for row in rows if row["candidate"] == "torchattacks"), None)
         for row in rows if library is not None else ():
             row["speedup_over_torchattacks"] = library["median_ms"] / row["median_ms"]

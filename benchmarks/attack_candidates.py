@@ -38,6 +38,7 @@ OURS = {
     "ours-compile": "attack.pgd on a prepared model, engine compile",
     "ours-graph": "attack.pgd on a prepared model, engine graph",
 }
+COMPILED = ("compiled", "ours-compile")  # which take minutes before they can be timed
 LIBRARIES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "art": "art"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TOLERANCE = 0.01  # of the norm: sums in another order differ, and a ReLU near 0 may then pass a gradient or not

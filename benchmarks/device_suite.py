@@ -1,6 +1,7 @@
 """One command for a GPU machine: build, test, sanitize, measure.
 
     python benchmarks/device_suite.py --out DIR
+    python benchmarks/device_suite.py --out DIR --only rivals,batches
 
 Every step runs under its own limit and all of them in less than nine minutes. DIR/suite.json is written after each; a
 second call does what is still to be done. `--dry-run` rehearses the steps where there is no GPU.
@@ -24,8 +25,9 @@ from typing import Any
 
 import origin
 import suite_report
+from suite_checks import is_built, probe
 from suite_runner import Job, StepFailed, StepTimedOut, execute
-from suite_steps import STEPS, is_built, probe
+from suite_steps import STEPS
 
 FAILED = 1  # a step failed or timed out
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -87,7 +89,7 @@ def _run(
         }
         if not options.fresh:
             document["steps"] = _earlier(folder / "suite.json", document)
-        asked = options.only or list(STEPS)
+        asked = options.only or [name for name, step in STEPS.items() if options.dry_run or not step.by_name]
         if _is_missing(options.dry_run) and any("build" in STEPS[name].needs for name in asked):
             asked = ["build", *asked]
         todo = _todo(asked, document["steps"], again=options.only is not None, dry_run=options.dry_run)

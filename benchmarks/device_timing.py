@@ -232,11 +232,35 @@ def _replay(
     return {name: summary(times[name], **notes[name]) for name in works}
 
 
-def ceilings(device: Device, place: str = "cuda", size: int = 2**28, seconds: float = 0.2) -> dict[str, float]:
-    """What no kernel goes below: a large copy's rate in GB/s (read and written), and an empty launch's time in us."""
+def ceilings(
+    device: Device, place: str = "cuda", size: int = 2**28, side: int = 8192, seconds: float = 0.2
+) -> dict[str, float]:
+    """What no kernel goes beyond.
+
+    Args:
+        device: where to measure.
+        place: the device of the tensors.
+        size: bytes of what is copied.
+        side: rows and columns of the matrices that are multiplied.
+        seconds: time to spend on each.
+
+    Returns:
+        copy_gb_per_s: a large copy's rate, bytes read and written.
+        matmul_tflops: a large bfloat16 matrix product's rate, of normally distributed numbers: zeros take less power.
+        empty_launch_us: an empty launch's time.
+    """
     pairs = [(torch.zeros(size // 4, device=place), torch.zeros(size // 4, device=place)) for _ in range(2)]
     one = torch.zeros(1, device=place)
     copies = {"copy": lambda index: pairs[index][0].copy_(pairs[index][1])}
     copy = interleave(device, copies, inputs=2, seconds=seconds, calls=8)["copy"]
     empty = interleave(device, {"empty": lambda index: one.add_(1)}, inputs=1, seconds=seconds, calls=500)["empty"]
-    return {"copy_gb_per_s": 2 * size / copy.median / 1e9, "empty_launch_us": 1e6 * empty.median}
+    generator = torch.Generator(place).manual_seed(0)
+    factors = torch.randn(2, side, side, device=place, generator=generator).to(torch.bfloat16)
+    product = torch.empty_like(factors[0])
+    products = {"product": lambda index: torch.mm(factors[0], factors[1], out=product)}
+    matmul = interleave(device, products, inputs=1, seconds=seconds, calls=8)["product"]
+    return {
+        "copy_gb_per_s": 2 * size / copy.median / 1e9,
+        "matmul_tflops": 2 * side**3 / matmul.median / 1e12,
+        "empty_launch_us": 1e6 * empty.median,
+    }

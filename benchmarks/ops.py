@@ -46,6 +46,7 @@ TIMED = {
         "outside": "allocating, freeing, compiling, checking",
     },
 }
+_LARGEST_USUAL = 1024  # images in a batch
 _FIRST = {"measure": 10.0, "compile": 25.0}  # seconds that a case is taken to need before one has been measured
 
 
@@ -144,10 +145,16 @@ def plan(
 
 
 def _importance(case: gates.Case) -> tuple[int, int]:
-    """The cells that bars are set for, the other operations, the other cells; less work before more."""
-    judged = case.operation == "gate" and case.shape[0] >= bars.LARGE_BATCH
-    large = tuple(case.shape[1:]) in bars.LARGE_SITES
-    return (0 if judged and large else 1 if case.operation != "gate" else 2 if judged else 3), case.shape[0]
+    """The cells that bars are set for, the other operations, the other cells; less work before more.
+
+    Batches that are larger still tell the least, and take the longest.
+    """
+    batch, site = case.shape[0], tuple(case.shape[1:])
+    if case.operation != "gate":
+        return 1, batch
+    if bars.LARGE_BATCH <= batch <= _LARGEST_USUAL:
+        return (0 if site in bars.LARGE_SITES else 2), batch
+    return 3, batch
 
 
 def _measure(
@@ -270,7 +277,9 @@ def _print(document: dict[str, Any]) -> None:
         ceilings = document["ceilings"]
         console.print(
             f"{device['name']}, torch {versions['torch']}. Medians of the device's time. A large copy: "
-            f"{ceilings['copy_gb_per_s']:.0f} GB/s; an empty launch in a graph: {ceilings['empty_launch_us']:.2f} us. "
+            f"{ceilings['copy_gb_per_s']:.0f} GB/s; a large bf16 matrix product: "
+            f"{ceilings['matmul_tflops']:.0f} TFLOP/s; "
+            f"an empty launch in a graph: {ceilings['empty_launch_us']:.2f} us. "
             f"Of copy: share of copy's bandwidth in the same cell. Excess: us over empty launch and floor.\n{meanings}"
         )
     else:

@@ -18,7 +18,7 @@ from sparta_kernels import backends
 from sparta_kernels.data.files import check_writable
 
 _BUFFERS = 15  # of x's size, that the hungriest loop holds for each input: inputs, graphs, the last outputs
-_BATCHES = {"cpu": [128], "cuda": [128, 512, 1024]}
+_BATCHES = {"cpu": [128], "cuda": [128, 512, 1024, 4096]}
 
 
 def read(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[gates.Case]]:
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=small.OPERATIONS,
         help="what to measure (default: the gate on a CPU, all on a GPU)",
     )
-    add("--batch", nargs="+", type=count, metavar="N", help="batch sizes (default: 128; on a GPU 128, 512 and 1024)")
+    add("--batch", nargs="+", type=count, metavar="N", help="batch sizes (default: 128; on a GPU also 512, 1024, 4096)")
     add("--shape", nargs="+", type=shape, metavar="N,C,H,W", help="these shapes in place of the usual")
     add("--dtype", nargs="+", choices=gates.DTYPES, help="default: fp32 and bf16; of images fp32")
     add("--layout", nargs="+", choices=gates.LAYOUTS, help="of the gate's x (default: both)")

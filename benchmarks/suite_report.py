@@ -7,6 +7,11 @@ from typing import Any
 
 _MOST_LINES = 60  # of details for a step: the whole must fit on a screen or two
 _LONGEST_LINE = 160
+_RATIOS = {
+    "ratio_to_relu": "x relu",
+    "speedup_over_loop": "x as fast as a plain loop",
+    "speedup_over_compiled": "x as fast as torch.compile",
+}
 
 
 def summary(document: Mapping[str, Any]) -> str:
@@ -59,7 +64,8 @@ def _ops(figures: Mapping[str, Any]) -> Iterator[str]:
         return
     ceilings = figures["ceilings"]
     told = (
-        f", a large copy {ceilings['copy_gb_per_s']:.0f} GB/s, an empty launch {ceilings['empty_launch_us']:.2f} us"
+        f", a large copy {ceilings['copy_gb_per_s']:.0f} GB/s, a large bf16 matrix product "
+        f"{ceilings['matmul_tflops']:.0f} TFLOP/s, an empty launch {ceilings['empty_launch_us']:.2f} us"
         if ceilings
         else ""
     )
@@ -81,14 +87,23 @@ def _bars(bars: Sequence[Mapping[str, Any]], digits: int) -> Iterator[str]:
 
 def _attack(figures: Mapping[str, Any]) -> Iterator[str]:
     yield from figures.get("failures", ())
-    for name, times in figures.get("iterations", {}).items():
-        ratios = [
-            f"{times[key]:.2f} {words}"
-            for key, words in (("ratio_to_relu", "x relu"), ("speedup_over_loop", "x as fast as a plain loop"))
-            if times[key] is not None
-        ]
-        memory = [] if times["peak_memory"] is None else [f"{times['peak_memory'] / 1e6:.0f} MB"]
-        yield f"{name}: " + ", ".join([f"{times['median_ms']:.2f} ms", *ratios, *memory])
+    for found in figures.get("batches", ()):
+        where = f"batch {found['batch']}, "
+        for name, times in found["iterations"].items():
+            ratios = [f"{times[key]:.2f} {words}" for key, words in _RATIOS.items() if times[key] is not None]
+            memory = [] if times["peak_memory"] is None else [f"{times['peak_memory'] / 1e6:.0f} MB"]
+            yield f"{where}{name}: " + ", ".join([f"{times['median_ms']:.2f} ms", *ratios, *memory])
+        for name, milliseconds in found["row_ms"].items():
+            yield f"{where}{name}: clean + PGD-10 + PGD-30 + PGD-50 {1e-3 * milliseconds:.2f} s"
+        for name, parts in found["parts_ms"].items():
+            yield (
+                f"{where}{name}: " + ", ".join(f"{part} {value:.2f}" for part, value in parts.items() if value) + " ms"
+            )
+    for bar in figures.get("bars", ()):
+        verdict = {True: "pass", False: "FAIL", None: "not meant here"}[bar["passed"]]
+        yield f"{verdict} {bar['name']}: {bar['value']:.2f} {bar['relation']} {bar['limit']:g}"
+    if figures.get("not_measured"):
+        yield f"{figures['not_measured']} entries not measured"
 
 
 def _training(figures: Mapping[str, Any]) -> Iterator[str]:
@@ -118,6 +133,8 @@ _DETAILS = {
     "sanitize": _sanitize,
     "ops": _ops,
     "attack": _attack,
+    "rivals": _attack,
+    "batches": _attack,
     "training": _training,
     "activation": _activation,
     "choices": _choices,

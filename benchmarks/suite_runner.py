@@ -16,6 +16,7 @@ from typing import Any
 
 from origin import ROOT
 
+MOST_FAILURES = 20  # of a step that are told in full
 _GRACE = 5.0  # seconds for a command to save what it has, once it is told to stop
 _LAST_WORDS = 2.0  # seconds that killed processes have to disappear, before nobody waits for them any more
 _LONGEST_LOG = 4 * 2**20  # bytes; of a longer one the two ends are kept

@@ -254,6 +254,20 @@ def test_what_was_interrupted_is_resumed(modules, attack, tmp_path, monkeypatch,
         assert path.read_text() == damaged
 
 
+def test_what_has_to_be_compiled_waits_where_time_is_short(modules, attack, tmp_path, monkeypatch, capsys):
+    """It then has the others beside it once more."""
+    path = tmp_path / "attack.json"
+    monkeypatch.setattr(modules["attack"], "COMPILED", ("loop",))  # compiling takes long here too
+    choice = ("--precision", "fp32", "--activation", "sparta", "--row", "--budget", "600")
+    assert attack(path, *choice, candidates=("loop", "ours-eager")) == 0
+    (result,) = json.loads(path.read_text())["results"]
+    samples = {row["name"]: row["samples"] for row in result["entries"]}
+    assert samples == {"sparta fp32 ours-eager": 6, "sparta fp32 loop": 3}
+    assert [row["name"] for row in result["row"]] == ["sparta fp32 ours-eager"]
+    told = [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert told.index("batch 2: sparta fp32 loop: warms up") > told.index("batch 2: round 3 of 3")
+
+
 def test_a_full_disk(modules, attack, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -20,7 +20,7 @@ from sparta_kernels import backends
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 NAMES = ("attack", "bars", "device_timing", "gates", "ops", "sanitize_ops", "small", "tables")
 
-CEILINGS = {"copy_gb_per_s": 2000.0, "empty_launch_us": 1.5}
+CEILINGS = {"copy_gb_per_s": 2000.0, "matmul_tflops": 600.0, "empty_launch_us": 1.5}
 
 
 @pytest.fixture(scope="module")
@@ -163,14 +163,16 @@ def test_the_loop_goes_on_until_its_time_is_up(device_timing):
 
 
 def test_ceilings(device_timing, monkeypatch):
-    """On the CPU's tensors, with a device whose copies and additions take a known time."""
+    """On the CPU's tensors, with a device whose copies, additions and products take a known time."""
     device = FakeDevice()
     costs = {torch.Tensor.copy_: 1e-3, torch.Tensor.add_: 2e-6}
     for function, cost in costs.items():
         name = function.__name__
         monkeypatch.setattr(torch.Tensor, name, lambda self, *_, name=name, cost=cost: device.spend(name, cost, 0))
-    found = device_timing.ceilings(device, place="cpu", size=2**20, seconds=1e-9)
+    monkeypatch.setattr(torch, "mm", lambda *_, out: device.spend("mm", 1e-4, 0))
+    found = device_timing.ceilings(device, place="cpu", size=2**20, side=64, seconds=1e-9)
     assert found["copy_gb_per_s"] == pytest.approx(2 * 2**20 / 1e-3 / 1e9)
+    assert found["matmul_tflops"] == pytest.approx(2 * 64**3 / 1e-4 / 1e12)
     assert found["empty_launch_us"] == pytest.approx(2)
     assert max(len(graph) for graph in device.graphs) == 500
 
@@ -190,6 +192,7 @@ def test_the_loop_on_a_gpu(device_timing):
     assert all(found.more["captured"] for found in times.values()), times
     assert all(1e-6 < found.median < 0.01 for found in times.values())  # others may be using the GPU too
     assert 10 < ceilings["copy_gb_per_s"] < 50_000
+    assert 1 < ceilings["matmul_tflops"] < 5_000
     assert 0.1 < ceilings["empty_launch_us"] < 500
 
 
@@ -277,11 +280,12 @@ def test_the_important_comes_first_and_compiling_last(seeming_gpu, modules):
     assert phases == sorted(phases, reverse=True)  # "measure", then "compile"
     measured = [case for phase, case, _ in plan if phase == "measure"]
     activations = 2 * 2 + 2 * 2 + 2 * 2 * 2 * 2
-    assert len(measured) == len(cases) == 3 * 4 * 2 * 2 + 2 * 2 + 2 + 2 + 2 * 2 + activations
+    assert len(measured) == len(cases) == 4 * 4 * 2 * 2 + 2 * 2 + 2 + 2 + 2 * 2 + activations
     first = measured[:16]
     assert {case.shape[1:] for case in first} == {(64, 32, 32), (128, 16, 16)}
     assert [case.shape[0] for case in first] == [512] * 8 + [1024] * 8
-    assert all(case.shape[0] == 128 and case.operation == "gate" for case in measured[-16:])
+    assert [case.shape[0] for case in measured[-32:]] == [128] * 16 + [4096] * 16
+    assert all(case.operation == "gate" for case in measured[-32:])
     assert all("compile" not in names for phase, _, names in plan if phase == "measure")
     assert all(case.operation == "gate" and "copy" in names for phase, case, names in plan if phase == "compile")
 

@@ -17,7 +17,7 @@ import pytest
 from sparta_kernels.backends import choices
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-STEPS = ["build", "test", "sanitize", "ops", "attack", "training", "activation", "choices"]
+STEPS = ["build", "test", "sanitize", "ops", "attack", "rivals", "batches", "training", "activation", "choices"]
 
 
 # ---- the rehearsal -----------------------------------------------------------------------------------------
@@ -58,8 +58,14 @@ def test_rehearsal_does_every_step(rehearsal):
     assert figures["test"]["failed"] == figures["test"]["errors"] == 0
     assert "552 results of native on cpu checked, 0 wrong" in figures["sanitize"]["plain"]
     assert figures["ops"]["cells"] == 4 + 2 + 1 + 1 + 2 + (2 + 2 + 4)  # the last three: activations
-    iterations = {f"{activation} fp32 {name}" for activation in ("sparta", "relu") for name in ("loop", "ours-eager")}
-    assert set(figures["attack"]["iterations"]) == iterations
+    sparta = [f"sparta fp32 {name}" for name in ("loop", "ours-eager")]
+    both = {*sparta, *(name.replace("sparta", "relu") for name in sparta)}
+    found = {name: figures[name]["batches"] for name in ("attack", "rivals", "batches")}
+    assert [(f["batch"], set(f["iterations"])) for f in found["attack"]] == [(2, both)]
+    assert [(f["batch"], set(f["iterations"])) for f in found["batches"]] == [(2, both), (3, both)]
+    (rivals,) = found["rivals"]
+    assert set(rivals["iterations"]) == set(sparta)
+    assert set(rivals["row_ms"]) == set(rivals["parts_ms"]) == {"sparta fp32 ours-eager"}
     assert set(figures["training"]["steps"]) == {f"sparta fp32 {name}" for name in ("ours", "eager")}
     (cell,) = figures["activation"]["cells"].values()
     assert list(cell) == ["copy", "relu", "products", "eager", "ours"]
@@ -75,6 +81,8 @@ def test_rehearsal_leaves_few_small_files(rehearsal):
         "benchmarks.log",
         "ops.json",
         "attack.json",
+        "rivals.json",
+        "batches.json",
         "training.json",
         "activation.json",
         "choices.csv",
@@ -280,6 +288,22 @@ def test_only(suite):
     assert suite.done == ["first", "third"]
     assert suite.run("--only", "third") == 0  # though the first has failed before
     assert suite.statuses()["first"] == "failed"
+
+
+def test_a_step_that_has_to_be_named(suite):
+    suite.add("first")
+    suite.add("second", by_name=True)
+    assert suite.run() == 0
+    assert suite.statuses() == {"first": "passed", "second": "skipped"}
+    assert suite.run("--only", "second") == 0
+    assert suite.done == ["second"]
+    assert suite.statuses() == {"first": "passed", "second": "passed"}
+    assert suite.run() == 0
+    assert suite.done == []
+    assert suite.statuses()["second"] == "passed"  # what it found stays
+    suite.machine = {**suite.machine, "device": None}
+    assert suite.run("--dry-run") == 0
+    assert suite.done == ["first", "second"]
 
 
 def test_time_is_shared(suite):

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
+NAMES = ("origin", "suite_checks", "suite_measurements", "suite_report", "suite_runner")
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def modules():
     sys.path.insert(0, str(FOLDER))
-    yield {name: importlib.import_module(name) for name in ("origin", "suite_report", "suite_runner", "suite_steps")}
+    yield {name: importlib.import_module(name) for name in NAMES}
     sys.path.remove(str(FOLDER))
 
 
@@ -44,7 +45,7 @@ def test_failed_tests_are_named(modules, job, tmp_path):
         "def test_broken(broken): pass\n"
     )
     (tmp_path / "test_b.py").write_text("import no_such_module\n")
-    modules["suite_steps"]._pytest(job, "some", str(tmp_path), "--rootdir", str(tmp_path))
+    modules["suite_checks"]._pytest(job, "some", str(tmp_path), "--rootdir", str(tmp_path))
     figures = job.figures
     assert {key: figures[key] for key in ("passed", "failed", "errors", "skipped")} == {
         "passed": 1,
@@ -75,7 +76,7 @@ def test_faults_under_the_sanitizer(modules, job, tmp_path, monkeypatch):
         "sys.exit(99 if bad else 0)",
     )
     with pytest.raises(modules["suite_runner"].StepFailed, match="faults under racecheck native"):
-        modules["suite_steps"].sanitize(job)
+        modules["suite_checks"].sanitize(job)
     assert job.figures == {
         "memcheck native": "clean",
         "racecheck native": "========= RACECHECK SUMMARY: 3 hazards",
@@ -95,27 +96,27 @@ def test_wrong_results_under_the_sanitizer(modules, job, tmp_path, monkeypatch):
         "sys.exit(tool == 'memcheck')",
     )
     with pytest.raises(modules["suite_runner"].StepFailed, match="faults under memcheck native, memcheck triton"):
-        modules["suite_steps"].sanitize(job)
+        modules["suite_checks"].sanitize(job)
     assert job.figures["memcheck native"] == "5 results of native on cuda checked, 2 wrong"
     assert job.figures["racecheck native"] == "clean"
 
 
 def test_no_sanitizer(modules, job, tmp_path, monkeypatch):
-    steps, skipped = modules["suite_steps"], modules["suite_runner"].StepSkipped
-    monkeypatch.setattr(steps, "_SANITIZER", tmp_path / "none")
-    monkeypatch.setattr(steps.shutil, "which", lambda name: None)
+    checks, skipped = modules["suite_checks"], modules["suite_runner"].StepSkipped
+    monkeypatch.setattr(checks, "_SANITIZER", tmp_path / "none")
+    monkeypatch.setattr(checks.shutil, "which", lambda name: None)
     with pytest.raises(skipped, match="compute-sanitizer is not installed here"):
-        steps.sanitize(job)
+        checks.sanitize(job)
     monkeypatch.undo()
     fake_sanitizer(tmp_path, monkeypatch, "print('========= Error: Device not supported')\nsys.exit(1)")
     with pytest.raises(skipped, match="does not support this device"):
-        steps.sanitize(job)
+        checks.sanitize(job)
 
 
 def test_tools_for_which_no_time_is_left_are_named(modules, job, tmp_path, monkeypatch):
     fake_sanitizer(tmp_path, monkeypatch, "import time\ntime.sleep(2 if tool == 'racecheck' else 0)")
     job.deadline = time.monotonic() + 5
-    modules["suite_steps"].sanitize(job)
+    modules["suite_checks"].sanitize(job)
     assert list(job.figures.values())[:2] == ["clean", "clean"]
     assert "no time left" in job.figures.values()
 
@@ -123,7 +124,7 @@ def test_tools_for_which_no_time_is_left_are_named(modules, job, tmp_path, monke
 def test_a_tool_that_takes_too_long_costs_nothing_that_is_needed(modules, job, tmp_path, monkeypatch):
     fake_sanitizer(tmp_path, monkeypatch, "import time\nif sys.argv[-1] == 'triton': time.sleep(600)")
     job.deadline = time.monotonic() + 3
-    modules["suite_steps"].sanitize(job)
+    modules["suite_checks"].sanitize(job)
     assert job.figures == {
         "memcheck native": "clean",
         "racecheck native": "clean",
@@ -145,12 +146,12 @@ HANGS = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); [time.sleep(
 @pytest.fixture
 def side_by_side(modules, job, tmp_path, monkeypatch):
     pytest.importorskip("xdist")
-    steps = modules["suite_steps"]
-    monkeypatch.setattr(steps, "_WORKERS", 3)
+    checks = modules["suite_checks"]
+    monkeypatch.setattr(checks, "_WORKERS", 3)
 
     def run(trouble):
         (tmp_path / "test_a.py").write_text(SIDE_BY_SIDE.format(trouble=trouble))
-        steps._pytest(job, "some", str(tmp_path), "--rootdir", str(tmp_path), *steps._side_by_side())
+        checks._pytest(job, "some", str(tmp_path), "--rootdir", str(tmp_path), *checks._side_by_side())
 
     return run
 
@@ -164,7 +165,7 @@ def test_a_process_that_dies_fails_its_test_and_is_replaced(side_by_side, job):
 
 
 def test_a_process_that_hangs_does_not_cost_the_others_results(modules, side_by_side, job, monkeypatch):
-    monkeypatch.setattr(modules["suite_steps"], "_GIVING_UP", 25.0)  # other tests may have the processors
+    monkeypatch.setattr(modules["suite_checks"], "_GIVING_UP", 25.0)  # other tests may have the processors
     job.deadline = time.monotonic() + 40
     with pytest.raises(modules["suite_runner"].StepTimedOut):
         side_by_side(HANGS)
@@ -173,7 +174,7 @@ def test_a_process_that_hangs_does_not_cost_the_others_results(modules, side_by_
 
 
 def test_what_a_benchmark_measured_before_it_was_stopped_is_kept(modules, job, tmp_path, monkeypatch):
-    steps = modules["suite_steps"]
+    steps = modules["suite_measurements"]
     times = {"median_ms": 1.0, "share_of_copy": 0.95}
     cell = {"operation": "gate", "shape": [512, 64, 32, 32], "dtype": "bf16", "layout": "nchw", "direction": "forward"}
     document = {
@@ -181,7 +182,7 @@ def test_what_a_benchmark_measured_before_it_was_stopped_is_kept(modules, job, t
         "bars": [],
         "failed": [],
         "not_measured": [],
-        "ceilings": {"copy_gb_per_s": 3000.0, "empty_launch_us": 1.0},
+        "ceilings": {"copy_gb_per_s": 3000.0, "matmul_tflops": 600.0, "empty_launch_us": 1.0},
     }
     monkeypatch.setattr(steps, "BENCHMARKS", tmp_path)
     (tmp_path / "ops.py").write_text(
@@ -198,7 +199,7 @@ def test_what_a_benchmark_measured_before_it_was_stopped_is_kept(modules, job, t
 
 
 def test_bars_say_how_many_cells_they_are_about(modules, job, tmp_path, monkeypatch):
-    steps, report = modules["suite_steps"], modules["suite_report"]
+    steps, report = modules["suite_measurements"], modules["suite_report"]
     bar = {"name": "compile / ours", "value": 2.5, "relation": ">=", "limit": 2.0, "cells": 4, "wanted": 4}
     times = {"ours": {"median_ms": 1.0}, "compile": {"median_ms": 2.5}}
     document = {
@@ -230,7 +231,7 @@ def test_bars_say_how_many_cells_they_are_about(modules, job, tmp_path, monkeypa
 
 def test_choices_need_measurements(modules, job):
     with pytest.raises(modules["suite_runner"].StepFailed, match=r"there is no ops\.json"):
-        modules["suite_steps"].choices(job)
+        modules["suite_measurements"].choices(job)
 
 
 def test_long_logs_lose_their_middle(modules, tmp_path):
