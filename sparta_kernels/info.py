@@ -9,7 +9,7 @@ import torch
 
 from sparta_kernels import backends
 from sparta_kernels._version import __version__
-from sparta_kernels.backends import choices, native
+from sparta_kernels.backends import choices, extension
 from sparta_kernels.ops.attention_kernels import fused_backend
 from sparta_kernels.ops.checks import FLOATS
 
@@ -18,7 +18,7 @@ ATTENTION = ("sparta_attention", "sparta_activation")  # whose kernels are not f
 
 
 def _cuda() -> dict[str, Any]:
-    cuda: dict[str, Any] = native._native.cuda_info()
+    cuda: dict[str, Any] = extension.kernels.cuda_info()
     if not cuda["built"]:
         cuda["note"] = "built without CUDA: nvcc was not found, or SPARTA_CUDA=OFF"
     elif cuda["driver_version"] == 0:
@@ -71,12 +71,12 @@ def build_info() -> dict[str, Any]:
             "sparta_kernels": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "compiler": native._native.compiler,
+            "compiler": extension.kernels.compiler,
         },
         "cpu": {
-            "isa_built": native._native.built_isas(),
-            "isa_supported": native._native.supported_isas(),
-            "isa": native._native.isa(),
+            "isa_built": extension.kernels.built_isas(),
+            "isa_supported": extension.kernels.supported_isas(),
+            "isa": extension.kernels.isa(),
             "threads": torch.get_num_threads(),
         },
         "cuda": _cuda(),

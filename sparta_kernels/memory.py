@@ -8,7 +8,7 @@ from contextlib import ContextDecorator
 from pathlib import Path
 from types import TracebackType
 
-from sparta_kernels.backends.native import _native
+from sparta_kernels import _native
 
 # What mallopt(3) lets the environment say about the same settings: glibc reads it once, when the process starts.
 _VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")

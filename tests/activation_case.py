@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparta_kernels import AttentionWeights, sparta_attention
-from sparta_kernels.backends import native
+from sparta_kernels.backends import extension, native
 from sparta_kernels.ops.attention import pack
 
 FIELDS = AttentionWeights._fields
@@ -94,7 +94,7 @@ def activation_cases(draw: st.DrawFn) -> ActivationCase:
     return ActivationCase(
         shape=(draw(st.sampled_from([1, 2, 3, 5, 19])), draw(extents), *draw(st.sampled_from(SIZES))),
         hidden=draw(extents),
-        dtype=draw(st.sampled_from(tuple(native.DTYPES))),
+        dtype=draw(st.sampled_from(tuple(extension.DTYPES))),
         layout=draw(st.sampled_from(LAYOUTS)),
         gradient_layout=draw(st.sampled_from(LAYOUTS)),
         dynamic=draw(st.booleans()),

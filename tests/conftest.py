@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
 from sparta_kernels import backends
-from sparta_kernels.backends import layout, native
+from sparta_kernels.backends import extension, layout
 
 # `backend` below sets the instruction set once for all the examples of a test: they may well share it.
 _shared = {
@@ -55,7 +55,7 @@ class Computed(NamedTuple):
         return "-".join(filter(None, (self.backend, self.isa, self.device if self.device != "cpu" else None)))
 
 
-BACKENDS = [Computed("native", isa) for isa in native._native.supported_isas()]
+BACKENDS = [Computed("native", isa) for isa in extension.kernels.supported_isas()]
 if emulator.unavailable() is None:
     BACKENDS.append(Computed("native", EMULATED))
 BACKENDS += [Computed(name, None, "cpu") for name in ("triton",) if "cpu" in backends.DEVICES.get(name, ())]
@@ -96,13 +96,13 @@ def _in_force(computed: Computed) -> Iterator[str]:
         with emulator.emulated_native():
             yield computed.backend
         return
-    before = native._native.isa()
-    native._native.set_isa(computed.isa or before)
+    before = extension.kernels.isa()
+    extension.kernels.set_isa(computed.isa or before)
     try:
         with torch.device(computed.device) if computed.device != "cpu" else nullcontext():
             yield computed.backend
     finally:
-        native._native.set_isa(before)
+        extension.kernels.set_isa(before)
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
@@ -123,10 +123,10 @@ def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def _as_found() -> Iterator[None]:
     """No test leaves another backend, instruction set or number of threads behind, or begins with another seed."""
     torch.manual_seed(0)
-    requested, isa, threads = backends._requested, native._native.isa(), torch.get_num_threads()
+    requested, isa, threads = backends._requested, extension.kernels.isa(), torch.get_num_threads()
     yield
     assert backends._requested == requested, "the test left another backend"
-    assert native._native.isa() == isa, "the test left another instruction set"
+    assert extension.kernels.isa() == isa, "the test left another instruction set"
     torch.set_num_threads(threads)
 
 

@@ -52,13 +52,12 @@ GATE, CONV, PGD = "tests/test_gate.py", "tests/test_dynamic_conv.py", "tests/tes
 RELU = "tests/test_relu.py"
 TRAINING = "not processes and not little_more_memory and not compile and not gradcheck"  # what is quick there
 BACKENDS, BAD, REFERENCE = "tests/test_backends.py", "tests/test_bad_input.py", "tests/test_reference.py"
-SECOND_ORDER = f"{GATE}::test_gradgradcheck"
 OPCHECK = "tests/test_dispatch.py::test_opcheck_of_the_convolution"
 ACTIVATION, PHILOX, KERNELS = "csrc/activation.h", "csrc/philox.h", "csrc/cpu/gate.cpp"
-LIBRARY, LAYOUT, NATIVE, OPS = (
+LIBRARY, LAYOUT, EXTENSION, OPS = (
     "sparta_kernels/ops/library.py",
     "sparta_kernels/backends/layout.py",
-    "sparta_kernels/backends/native.py",
+    "sparta_kernels/backends/extension.py",
     "sparta_kernels/ops",
 )
 
@@ -90,7 +89,7 @@ FAULTS = [
     Fault("row-stride", LAYOUT, "(sample_stride, channel_stride) if", "(sample_stride, height * width) if", GATE),
     Fault(
         "dtype-number",
-        NATIVE,
+        EXTENSION,
         "torch.bfloat16: 2, torch.float16: 3",
         "torch.bfloat16: 3, torch.float16: 2",
         GATE,

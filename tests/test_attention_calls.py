@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparta_kernels import AttentionWeights, backends, sparta_activation, sparta_attention, use_backend
-from sparta_kernels.backends import native, products
+from sparta_kernels.backends import extension, native, products
 from sparta_kernels.nn import Sparta
 from sparta_kernels.ops import attention, attention_gradients
 from sparta_kernels.ops.attention import activate, pack
@@ -267,7 +267,7 @@ def test_bfloat16_without_its_products_takes_float32s(cpu_backend, monkeypatch):
 @pytest.mark.parametrize("enabled", [True, False])
 def test_odd_channels_in_bfloat16_with_and_without_onednn(cpu_backend, channels, enabled):
     with torch.backends.mkldnn.flags(enabled=enabled):
-        fast = native._native.isa() == "avx512_bf16" and enabled and torch.bfloat16 in products.available()
+        fast = extension.kernels.isa() == "avx512_bf16" and enabled and torch.bfloat16 in products.available()
         assert native._product_dtype(torch.bfloat16) == (torch.bfloat16 if fast else torch.float32)
         for stored in ("contiguous", "channels_last"):
             check_attention(ActivationCase((3, channels, 7, 7), 17, torch.bfloat16, stored), cpu_backend)
@@ -284,7 +284,7 @@ def test_a_product_that_fails_is_an_error(dtype, threads):
     torch.set_num_threads(threads)
     before = x.clone()
     try:
-        native._native.set_products((0, 0, 0, 0))
+        extension.kernels.set_products((0, 0, 0, 0))
         for _ in range(3):
             with pytest.raises(RuntimeError, match="no matrix product"):
                 sparta_activation(x, weights, backend="native")

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import sparta_kernels
-from sparta_kernels import backends, build_info, dynamic_conv, reference, sparta_gate, use_backend
-from sparta_kernels.backends import native
+from sparta_kernels import _native, backends, build_info, dynamic_conv, reference, sparta_gate, use_backend
+from sparta_kernels.backends import extension, native
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -132,18 +132,18 @@ def test_shapes_can_be_asked_for_on_the_meta_device(backend):
 
 
 def test_the_best_supported_instruction_set_runs():
-    built, supported = native._native.built_isas(), native._native.supported_isas()
+    built, supported = extension.kernels.built_isas(), extension.kernels.supported_isas()
     assert supported == [isa for isa in built if isa in supported]
     assert supported[0] == built[0] == "baseline"
-    code = "from sparta_kernels.backends.native import _native; print(_native.isa())"
+    code = "from sparta_kernels import _native; print(_native.isa())"
     assert run(code).stdout.split() == [supported[-1]]
 
 
 def test_an_instruction_set_that_does_not_run_here_is_refused():
-    before = native._native.isa()
+    before = extension.kernels.isa()
     with pytest.raises(ValueError, match=r"isa must be one of baseline.*, got mmx"):
-        native._native.set_isa("mmx")
-    assert native._native.isa() == before
+        extension.kernels.set_isa("mmx")
+    assert extension.kernels.isa() == before
 
 
 # ---- what an installation says of itself -------------------------------------------------------------------
@@ -186,9 +186,9 @@ CUDA_BUILT = {"built": True, "archs": "80;90", "runtime_version": 12080, "device
 def test_build_info_compares_driver_and_build(monkeypatch, cuda, note):
     class Native:
         def __getattr__(self, name):
-            return (lambda: dict(cuda)) if name == "cuda_info" else getattr(native._native, name)
+            return (lambda: dict(cuda)) if name == "cuda_info" else getattr(_native, name)
 
-    monkeypatch.setattr("sparta_kernels.info.native", type("Module", (), {"_native": Native()}))
+    monkeypatch.setattr(extension, "kernels", Native())
     assert note in build_info()["cuda"]["note"]
 
 

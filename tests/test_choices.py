@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparta_kernels import backends, build_info, sparta_gate
-from sparta_kernels.backends import choices, native
+from sparta_kernels import _native, backends, build_info, sparta_gate
+from sparta_kernels.backends import choices, extension
 
 TABLE = """\
 operation,capability,dtype,layout,elements,backend
@@ -74,13 +74,13 @@ def test_it_reads_as_phrases():
 def test_build_info_tells_what_was_measured(table, monkeypatch):
     class Native:
         def __getattr__(self, name):
-            return getattr(native._native, name)
+            return getattr(_native, name)
 
         def cuda_info(self):
             devices = [{"name": "H", "capability": (9, 0)}, {"name": "A", "capability": (8, 0)}]
             return {"built": True, "runtime_version": 13000, "driver_version": 13000, "devices": devices}
 
-    monkeypatch.setattr("sparta_kernels.info.native", type("Module", (), {"_native": Native()}))
+    monkeypatch.setattr(extension, "kernels", Native())
     hopper, ampere = build_info()["cuda"]["devices"]
     assert hopper["choices"] == choices.told("9.0")
     assert ampere["choices"] == "native: nothing was measured on 8.0"

@@ -20,7 +20,7 @@ from emulator import ASCENDING, DESCENDING, build
 from torch import Tensor
 
 from sparta_kernels import dynamic_conv, pgd_start_, pgd_step_, reference, sparta_gate
-from sparta_kernels.backends import native
+from sparta_kernels.backends import extension
 
 pytestmark = pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable()))
 
@@ -351,7 +351,7 @@ def test_a_launch_that_fails_raises_and_leaves_no_error_behind(cuda, operation):
 
 @EACH
 def test_kernels_run_on_the_given_device_and_stream(cuda, operation, monkeypatch):
-    monkeypatch.setattr(native, "_place", lambda tensor: (1, 1, 0x1234))
+    monkeypatch.setattr(extension, "place", lambda tensor: (1, 1, 0x1234))
     operation()
     assert cuda.last_launch()[-2:] == (1, 0x1234)
     assert cuda.current_device() == 0, "the caller's device must be the current one again"
@@ -370,22 +370,22 @@ def test_blocks_take_several_stretches_where_there_are_many(cuda):
 
 
 def test_a_device_that_is_not_there(cuda, monkeypatch):
-    monkeypatch.setattr(native, "_place", lambda tensor: (1, 7, 0))
+    monkeypatch.setattr(extension, "place", lambda tensor: (1, 7, 0))
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
         convolution()
-    monkeypatch.setattr(native, "_place", lambda tensor: (1, 0, 0))
+    monkeypatch.setattr(extension, "place", lambda tensor: (1, 0, 0))
     convolution()
 
 
 def test_what_the_module_says_of_itself(cuda):
-    info = native._native.cuda_info()
+    info = extension.kernels.cuda_info()
     assert info["archs"] == "emulated"
     assert [device["capability"] for device in info["devices"]] == [(9, 0)] * 2
-    assert native._native.isa() == "baseline"
+    assert extension.kernels.isa() == "baseline"
 
 
 def test_nothing_is_computed_by_cpu_kernels(cuda, monkeypatch):
-    monkeypatch.setattr(native, "_place", lambda tensor: (1, -1, 0))
+    monkeypatch.setattr(extension, "place", lambda tensor: (1, -1, 0))
     with pytest.raises(RuntimeError, match="has no CPU kernels"):
         convolution()
 

@@ -26,7 +26,7 @@ from sparta_kernels import (
     sparta_gate,
     swish_relu,
 )
-from sparta_kernels.backends import native
+from sparta_kernels.backends import extension, native
 from sparta_kernels.ops import add_relu_fork
 
 pytestmark = pytest.mark.gpu
@@ -395,7 +395,7 @@ def test_a_refused_launch_names_its_operation():
     x = torch.ones(1, 1, 4, 4)
     rows, small = (x.data_ptr(), 16, 16), (x.data_ptr(), 1)
     with pytest.raises(RuntimeError, match=r"gate_forward: .*device"):
-        native._native.gate_forward((1, 1, 4, 4, 1), True, 1, rows, rows, small, small, (0, 0), (1, 99, 0))
+        extension.kernels.gate_forward((1, 1, 4, 4, 1), True, 1, rows, rows, small, small, (0, 0), (1, 99, 0))
     sparta_gate(x, x, torch.ones(1, 1), backend="native")  # and the error is not left behind for the next call
     torch.cuda.synchronize()
 

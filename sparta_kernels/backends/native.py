@@ -10,41 +10,22 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from sparta_kernels.backends import products
-from sparta_kernels.backends.layout import Output, Rows, as_rows, bits_of, gapless, in_order_of, in_strides, is_planar
-
-try:
-    from sparta_kernels import _native
-except ImportError as error:
-    raise ImportError(
-        "sparta_kernels is not installed correctly: its compiled module sparta_kernels._native could not be loaded "
-        f"({error}). Install the package with `pip install .` from its source folder, and run from another folder"
-    ) from error
+from sparta_kernels.backends import extension, products
+from sparta_kernels.backends.extension import DTYPES, addresses, matrices, small
+from sparta_kernels.backends.layout import Output, as_rows, bits_of, gapless, in_order_of, in_strides, is_planar
+from sparta_kernels.backends.native_activations import (  # noqa: F401  functions of this backend too
+    dyrelu_backward,
+    dyrelu_forward,
+    smooth_relu_backward,
+    smooth_relu_forward,
+    swish_relu_backward,
+    swish_relu_forward,
+)
 
 if TYPE_CHECKING:
     from sparta_kernels.ops.attention_kernels import AttentionWeights
 
-DEVICES = ("cpu", "cuda") if _native.cuda_info()["built"] else ("cpu",)
-
-DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_ABSENT = (0, 0)
-
-
-def _place(tensor: Tensor) -> tuple[int, int, int]:
-    """Where a kernel runs: CPU threads, and the CUDA device (-1: the CPU) and its stream."""
-    if tensor.device.type == "cpu":
-        return torch.get_num_threads(), -1, 0
-    device = tensor.device.index
-    return 1, device, torch._C._cuda_getCurrentRawStream(device)
-
-
-def _small(tensor: Tensor | None) -> tuple[int, int]:
-    """Address and dtype of a contiguous tensor."""
-    return _ABSENT if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
-
-
-def _matrices(rows: Rows) -> tuple[int, int, int]:
-    return rows.tensor.data_ptr(), rows.sample_stride, rows.row_stride
+DEVICES = ("cpu", "cuda") if extension.kernels.cuda_info()["built"] else ("cpu",)
 
 
 def gate_forward(x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None, share: int) -> Tensor:
@@ -53,16 +34,16 @@ def gate_forward(x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | N
     spatial, channel = spatial.contiguous(), channel.contiguous()
     kernel = None if kernel is None else kernel.contiguous()
     y = Output(x, planar)
-    _native.gate_forward(
+    extension.kernels.gate_forward(
         (*x.shape, share),
         planar,
         DTYPES[x.dtype],
-        _matrices(read),
-        _matrices(y.rows),
-        _small(spatial),
-        _small(channel),
-        _small(kernel),
-        _place(x),
+        matrices(read),
+        matrices(y.rows),
+        small(spatial),
+        small(channel),
+        small(kernel),
+        extension.place(x),
     )
     return y.finish()
 
@@ -87,24 +68,24 @@ def gate_backward(
     gspatial = torch.empty_like(spatial) if wanted[1] else None
     gchannel = torch.empty_like(channel) if wanted[2] else None
     gkernel = torch.empty_like(kernel) if kernel is not None and wanted[3] else None
-    shape, place = (*x.shape, share), _place(x)
-    scratch = _native.gate_backward_scratch(shape, planar, DTYPES[x.dtype], place)
+    shape, place = (*x.shape, share), extension.place(x)
+    scratch = extension.kernels.gate_backward_scratch(shape, planar, DTYPES[x.dtype], place)
     # On the stream's own allocator: what the kernels still need after this function is not given to anyone else.
     sums = torch.empty(scratch, dtype=torch.uint8, device=x.device) if scratch else None
-    _native.gate_backward(
+    extension.kernels.gate_backward(
         shape,
         planar,
         DTYPES[x.dtype],
-        _matrices(read),
-        _matrices(gy_read),
-        (0, 0, 0) if gx is None else _matrices(gx.rows),
-        (0, 0, 0) if gy2_read is None else _matrices(gy2_read),
-        _small(spatial),
-        _small(channel),
-        _small(kernel),
-        _small(gspatial),
-        _small(gchannel),
-        _small(gkernel),
+        matrices(read),
+        matrices(gy_read),
+        (0, 0, 0) if gx is None else matrices(gx.rows),
+        (0, 0, 0) if gy2_read is None else matrices(gy2_read),
+        small(spatial),
+        small(channel),
+        small(kernel),
+        small(gspatial),
+        small(gchannel),
+        small(gkernel),
         0 if sums is None else sums.data_ptr(),
         place,
     )
@@ -115,12 +96,12 @@ def conv_forward(spatial: Tensor, kernel: Tensor) -> Tensor:
     samples, _, height, width = spatial.shape
     spatial, kernel = spatial.contiguous(), kernel.contiguous()
     output = torch.empty_like(spatial)
-    _native.conv_forward(
+    extension.kernels.conv_forward(
         (samples, height, width, kernel.shape[-1]),
-        _small(spatial),
-        _small(kernel),
-        _small(output),
-        _place(spatial),
+        small(spatial),
+        small(kernel),
+        small(output),
+        extension.place(spatial),
     )
     return output
 
@@ -132,14 +113,14 @@ def conv_backward(
     grad_output, spatial, kernel = grad_output.contiguous(), spatial.contiguous(), kernel.contiguous()
     grad_spatial = torch.empty_like(spatial) if wanted[0] else None
     grad_kernel = torch.empty_like(kernel) if wanted[1] else None
-    _native.conv_backward(
+    extension.kernels.conv_backward(
         (samples, height, width, kernel.shape[-1]),
-        _small(grad_output),
-        _small(spatial),
-        _small(kernel),
-        _small(grad_spatial),
-        _small(grad_kernel),
-        _place(spatial),
+        small(grad_output),
+        small(spatial),
+        small(kernel),
+        small(grad_spatial),
+        small(grad_kernel),
+        extension.place(spatial),
     )
     return grad_spatial, grad_kernel
 
@@ -149,7 +130,7 @@ def pgd_step(
 ) -> None:
     with gapless(adv) as target:
         grad, clean = in_order_of(grad, target), in_order_of(clean, target)
-        _native.pgd_step(
+        extension.kernels.pgd_step(
             target.numel(),
             DTYPES[adv.dtype],
             target.data_ptr(),
@@ -159,7 +140,7 @@ def pgd_step(
             eps,
             lower,
             upper,
-            _place(adv),
+            extension.place(adv),
         )
 
 
@@ -175,7 +156,7 @@ def pgd_start(
 ) -> None:
     with gapless(adv) as target:
         clean, indices = in_order_of(clean, target), indices.contiguous()
-        _native.pgd_start(
+        extension.kernels.pgd_start(
             tuple(target.shape),
             tuple(target.stride()),
             DTYPES[adv.dtype],
@@ -187,7 +168,7 @@ def pgd_start(
             eps,
             lower,
             upper,
-            _place(adv),
+            extension.place(adv),
         )
 
 
@@ -195,14 +176,14 @@ def _relu(a: Tensor, b: Tensor | None, y: Tensor, keep: bool) -> Tensor | None:
     """Write y, which has no gaps."""
     a, b = in_order_of(a, y), None if b is None else in_order_of(b, y)
     bits = bits_of(y) if keep else None
-    _native.relu_forward(
+    extension.kernels.relu_forward(
         y.numel(),
         DTYPES[y.dtype],
         a.data_ptr(),
         0 if b is None else b.data_ptr(),
         y.data_ptr(),
         0 if bits is None else bits.data_ptr(),
-        _place(y),
+        extension.place(y),
     )
     return bits
 
@@ -220,14 +201,14 @@ def relu_backward(grad: Tensor, grad2: Tensor | None, bits: Tensor, stride: tupl
     grad = in_strides(grad, stride)
     grad2 = None if grad2 is None else in_strides(grad2, stride)
     gx = torch.empty_like(grad)
-    _native.relu_backward(
+    extension.kernels.relu_backward(
         gx.numel(),
         DTYPES[gx.dtype],
         grad.data_ptr(),
         0 if grad2 is None else grad2.data_ptr(),
         bits.data_ptr(),
         gx.data_ptr(),
-        _place(gx),
+        extension.place(gx),
     )
     return gx
 
@@ -240,7 +221,7 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype == torch.float64:
         return dtype
     # Without instructions for it, bfloat16 would be converted for every product, not once for all of them.
-    fast = _native.isa() == "avx512_bf16" and torch.backends.mkldnn.enabled
+    fast = extension.kernels.isa() == "avx512_bf16" and torch.backends.mkldnn.enabled
     low = torch.bfloat16 in products.available() and dtype == torch.bfloat16 and fast
     return torch.bfloat16 if low else torch.float32
 
@@ -333,17 +314,17 @@ def attention_forward(
     masks = 3 if made.dynamic else 2
     bits = new(samples, height * width, masks, padded // 8, dtype=torch.uint8) if keep else None
     weights = made.forward13, made.forward6, made.forward2, made.b13, made.b6, made.b2, made.w4, made.w7
-    _native.attention_forward(
+    extension.kernels.attention_forward(
         (samples, channels, height * width, padded, padded - hidden),
         planar,
         made.dynamic,
         DTYPES[x.dtype],
         DTYPES[made.forward13.dtype],
-        _matrices(read),
-        (0, 0, 0) if added is None else _matrices(added),
-        _addresses(*weights),
-        _addresses(a, channel, kernel, mean1, mean6, bits),
-        _place(x),
+        matrices(read),
+        (0, 0, 0) if added is None else matrices(added),
+        addresses(*weights),
+        addresses(a, channel, kernel, mean1, mean6, bits),
+        extension.place(x),
     )
     if padded != hidden:
         mean1 = mean1[:, :hidden].contiguous()
@@ -359,32 +340,17 @@ def attention_backward_(
     samples, channels, height, width = gx.shape
     made = _Packed(*packed)
     gradients = [gradient.to(made.w4.dtype).contiguous() for gradient in (ga, gchannel, gkernel)]
-    _native.attention_backward(
+    extension.kernels.attention_backward(
         (samples, channels, height * width, _padded(hidden), _padded(hidden) - hidden),
         planar,
         made.dynamic,
         DTYPES[gx.dtype],
         DTYPES[made.backward13.dtype],
-        _matrices(written),
-        _addresses(made.backward13, made.backward6, made.backward2, made.w4, made.w7),
-        _addresses(*gradients),
+        matrices(written),
+        addresses(made.backward13, made.backward6, made.backward2, made.w4, made.w7),
+        addresses(*gradients),
         bits.data_ptr(),
-        _place(gx),
+        extension.place(gx),
     )
     if written.tensor is not gx:  # an order of axes that the kernel does not write
         gx.copy_(written.tensor)
-
-
-def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-
-
-# Made of what stands above, and told from here: this module is the backend.
-from sparta_kernels.backends.native_activations import (  # noqa: E402, F401
-    dyrelu_backward,
-    dyrelu_forward,
-    smooth_relu_backward,
-    smooth_relu_forward,
-    swish_relu_backward,
-    swish_relu_forward,
-)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparta_kernels.backends import native
+from sparta_kernels.backends import extension
+from sparta_kernels.backends.extension import DTYPES, matrices, small
 from sparta_kernels.backends.layout import Output, as_rows, in_order_of, is_planar
 
 
@@ -17,15 +18,15 @@ def _scratch(size: int, like: Tensor) -> Tensor:
 def swish_relu_forward(x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     x = in_order_of(x, y)
-    native._native.swish_relu_forward(y.numel(), native.DTYPES[y.dtype], x.data_ptr(), y.data_ptr(), native._place(y))
+    extension.kernels.swish_relu_forward(y.numel(), DTYPES[y.dtype], x.data_ptr(), y.data_ptr(), extension.place(y))
     return y
 
 
 def swish_relu_backward(grad: Tensor, x: Tensor) -> Tensor:
     gx = torch.empty_like(x)
     grad, x = in_order_of(grad, gx), in_order_of(x, gx)
-    native._native.swish_relu_backward(
-        gx.numel(), native.DTYPES[gx.dtype], grad.data_ptr(), x.data_ptr(), gx.data_ptr(), native._place(gx)
+    extension.kernels.swish_relu_backward(
+        gx.numel(), DTYPES[gx.dtype], grad.data_ptr(), x.data_ptr(), gx.data_ptr(), extension.place(gx)
     )
     return gx
 
@@ -33,8 +34,8 @@ def swish_relu_backward(grad: Tensor, x: Tensor) -> Tensor:
 def smooth_relu_forward(x: Tensor, b: Tensor) -> Tensor:
     y = torch.empty_like(x)
     x = in_order_of(x, y)
-    native._native.smooth_relu_forward(
-        y.numel(), native.DTYPES[y.dtype], x.data_ptr(), y.data_ptr(), native._small(b), native._place(y)
+    extension.kernels.smooth_relu_forward(
+        y.numel(), DTYPES[y.dtype], x.data_ptr(), y.data_ptr(), small(b), extension.place(y)
     )
     return y
 
@@ -43,16 +44,16 @@ def smooth_relu_backward(grad: Tensor, x: Tensor, b: Tensor, wanted: list[bool])
     gx = torch.empty_like(x)
     grad, x = in_order_of(grad, gx), in_order_of(x, gx)
     gb = torch.empty_like(b) if wanted[1] else None
-    elements, dtype, place = x.numel(), native.DTYPES[x.dtype], native._place(x)
-    sums = _scratch(native._native.smooth_relu_backward_scratch(elements, dtype, place), x)
-    native._native.smooth_relu_backward(
+    elements, dtype, place = x.numel(), DTYPES[x.dtype], extension.place(x)
+    sums = _scratch(extension.kernels.smooth_relu_backward_scratch(elements, dtype, place), x)
+    extension.kernels.smooth_relu_backward(
         elements,
         dtype,
         grad.data_ptr(),
         x.data_ptr(),
         gx.data_ptr() if wanted[0] else 0,
-        native._small(b),
-        native._small(gb),
+        small(b),
+        small(gb),
         sums.data_ptr(),
         place,
     )
@@ -69,15 +70,15 @@ def dyrelu_forward(x: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
     read = as_rows(x, planar)
     slopes, intercepts = slopes.contiguous(), intercepts.contiguous()
     y = Output(x, planar)
-    native._native.dyrelu_forward(
+    extension.kernels.dyrelu_forward(
         _lines_shape(x, slopes),
         planar,
-        native.DTYPES[x.dtype],
-        native._matrices(read),
-        native._matrices(y.rows),
-        native._small(slopes),
-        native._small(intercepts),
-        native._place(x),
+        DTYPES[x.dtype],
+        matrices(read),
+        matrices(y.rows),
+        small(slopes),
+        small(intercepts),
+        extension.place(x),
     )
     return y.finish()
 
@@ -91,19 +92,19 @@ def dyrelu_backward(
     gx = Output(x, planar) if wanted[0] else None
     gslopes = torch.empty_like(slopes) if wanted[1] else None
     gintercepts = torch.empty_like(intercepts) if wanted[2] else None
-    shape, dtype, place = _lines_shape(x, slopes), native.DTYPES[x.dtype], native._place(x)
-    sums = _scratch(native._native.dyrelu_backward_scratch(shape, planar, dtype, place), x)
-    native._native.dyrelu_backward(
+    shape, dtype, place = _lines_shape(x, slopes), DTYPES[x.dtype], extension.place(x)
+    sums = _scratch(extension.kernels.dyrelu_backward_scratch(shape, planar, dtype, place), x)
+    extension.kernels.dyrelu_backward(
         shape,
         planar,
         dtype,
-        native._matrices(grad_read),
-        native._matrices(read),
-        (0, 0, 0) if gx is None else native._matrices(gx.rows),
-        native._small(slopes),
-        native._small(intercepts),
-        native._small(gslopes),
-        native._small(gintercepts),
+        matrices(grad_read),
+        matrices(read),
+        (0, 0, 0) if gx is None else matrices(gx.rows),
+        small(slopes),
+        small(intercepts),
+        small(gslopes),
+        small(gintercepts),
         sums.data_ptr(),
         place,
     )

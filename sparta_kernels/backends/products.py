@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparta_kernels.backends.extension import DTYPES, kernels
+
 _BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPK{}Pfb"
 _NAMES = (
     _BRGEMM.format("fS3_"),  # float32
@@ -26,8 +28,6 @@ _NAMES = (
 @lru_cache
 def available() -> frozenset[torch.dtype]:
     """The dtypes whose products can be used on this machine."""
-    from sparta_kernels.backends.native import _native
-
     try:
         library = ctypes.CDLL("libtorch_cpu.so")  # the one that is loaded
     except OSError:
@@ -36,7 +36,7 @@ def available() -> frozenset[torch.dtype]:
     addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found]
     if addresses[2] == 0:
         addresses[0] = addresses[1] = 0
-    _native.set_products(addresses)
+    kernels.set_products(addresses)
     switches: Any = torch.backends.mkldnn
     before = switches.enabled
     switches.enabled = True  # as it will be where it counts: the answer is kept
@@ -55,8 +55,6 @@ def in_pairs(matrix: torch.Tensor) -> torch.Tensor:
 
 def _right(dtype: torch.dtype) -> bool:
     """Whether a product of small whole numbers, which every dtype holds, comes out as it should."""
-    from sparta_kernels.backends.native import DTYPES, _native
-
     # In numpy: whatever mode torch is in does not matter.
     a = (np.arange(5 * 18) % 7 - 3.0).reshape(5, 18)
     b = (np.arange(18 * 33) % 5 - 2.0).reshape(18, 33)
@@ -65,7 +63,7 @@ def _right(dtype: torch.dtype) -> bool:
         right = np.ascontiguousarray(right.reshape(9, 2, 33).transpose(0, 2, 1))  # as `in_pairs`
     c = np.full((5, 33), np.nan, np.float64 if dtype == torch.float64 else np.float32)
     try:
-        _native.multiply(DTYPES[dtype], 5, 33, 18, left.ctypes.data, right.ctypes.data, c.ctypes.data)
+        kernels.multiply(DTYPES[dtype], 5, 33, 18, left.ctypes.data, right.ctypes.data, c.ctypes.data)
     except RuntimeError:
         return False
     return bool((c == a @ b).all())

@@ -114,12 +114,12 @@ def load() -> tuple[ModuleType, Emulator]:
 @contextmanager
 def emulated_native() -> Iterator[Emulator]:
     """The native backend computes CPU tensors with the CUDA kernels, as if they were on device 0, stream 0."""
-    from sparta_kernels.backends import native
+    from sparta_kernels.backends import extension
 
     module, emulator = load()
-    kept = native._native, native._place
-    native._native, native._place = module, lambda tensor: (1, 0, 0)
+    kept = extension.kernels, extension.place
+    extension.kernels, extension.place = module, lambda tensor: (1, 0, 0)
     try:
         yield emulator
     finally:
-        native._native, native._place = kept
+        extension.kernels, extension.place = kept
