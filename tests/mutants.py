@@ -13,40 +13,11 @@ not build, tests that fail without any fault.
 from __future__ import annotations
 
 import argparse
-import os
-import re
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-COPIED = (
-    "csrc",
-    "sparta_kernels",
-    "tests",
-    "CMakeLists.txt",
-    "pyproject.toml",
-    "setup.py",
-    "README.md",
-    "LICENSE",
-)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`old`, found once in `file`, becomes `new`; one of `tests`, of those that `only` names, must fail."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: str
-    only: str = "not emulated and not triton"  # as pytest's -k
-
+from planting import ROOT, Copy, Fault, stop
 
 GATE, CONV, PGD = "tests/test_gate.py", "tests/test_dynamic_conv.py", "tests/test_pgd_ops.py"
 RELU = "tests/test_relu.py"
@@ -434,94 +405,6 @@ FAULTS = [
 ]
 
 
-def stop(message: str) -> None:
-    print(f"mutants: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-class Copy:
-    """The sources in a folder of their own, built there."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in COPIED:
-            source = ROOT / name
-            if source.is_dir():
-                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-            else:
-                shutil.copy(source, folder / name)
-        # Two instruction sets, hardly optimised, show every fault and build in a quarter of the time.
-        self.substitute("CMakeLists.txt", r"^  (sparta_cpu_kernels\(|set\(_)avx512.*$", "")
-        self.substitute("CMakeLists.txt", "-O3", "-O1")
-        self.substitute("csrc/cpu/dispatch.cpp", r"^    SPARTA_CPU_KERNELS\(avx512.*$", "")
-        self.run(
-            ["cmake", "-S", ".", "-B", "build", "-G", "Ninja", "-DSPARTA_CUDA=OFF", "-DCMAKE_BUILD_TYPE=None",
-             f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={folder}"]
-        )  # fmt: skip
-        self.build()
-        where = self.run([sys.executable, "-c", "import sparta_kernels; print(sparta_kernels.__file__)"])
-        if not where.startswith(str(folder)):
-            stop(f"the tests would run {where.strip()}, not the copy in {folder}")
-
-    def substitute(self, file: str, pattern: str, new: str) -> None:
-        path = self.folder / file
-        text, count = re.subn(pattern, new, path.read_text(), flags=re.MULTILINE)
-        if count == 0:
-            stop(f"nothing in {file} matches {pattern}")
-        path.write_text(text)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        own = {
-            "PYTHONPATH": str(self.folder),
-            "HYPOTHESIS_PROFILE": "mutants",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        return {**os.environ, **own, "PATH": tools}
-
-    def run(self, command: list[str]) -> str:
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            stop(f"{' '.join(command)} failed\n{done.stdout}{done.stderr}")
-        return done.stdout
-
-    def build(self) -> None:
-        self.run(["cmake", "--build", "build", "--target", "install"])
-
-    def first_failure(self, tests: list[str], only: str) -> str | None:
-        """The first test that fails, or None."""
-        options = ["-x", "-q", "-rf", "--tb=no", "--no-header", "-m", "not slow", "-p", "no:cacheprovider", "-k", only]
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *tests],
-            cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode == 0:
-            return None
-        if done.returncode < 0:
-            return f"the interpreter died of signal {-done.returncode}"
-        failed = re.search(r"^FAILED (?:tests/)?(.+?)(?: - .*)?$", done.stdout, flags=re.MULTILINE)
-        if done.returncode != 1 or failed is None:
-            stop(f"pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
-        return failed[1]  # type: ignore[index]
-
-
-def plant(copy: Copy, fault: Fault) -> str | None:
-    """The test that catches the fault, or None."""
-    path = copy.folder / fault.file
-    text = path.read_text()
-    compiled = not fault.file.endswith(".py") and not fault.file.startswith(CUDA)  # the emulator builds itself
-    path.write_text(text.replace(fault.old, fault.new))
-    try:
-        if compiled:
-            copy.build()
-        return copy.first_failure([fault.tests], fault.only)
-    finally:
-        path.write_text(text)
-
-
 def check_texts(faults: list[Fault]) -> None:
     for fault in faults:
         count = (ROOT / fault.file).read_text().count(fault.old)
@@ -557,7 +440,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"built and tested without a fault: {time.monotonic() - started:.0f} s", flush=True)
         for fault in faults:
             begun = time.monotonic()
-            caught = plant(copy, fault)
+            caught = copy.catches(fault)
             if caught is None:
                 survivors.append(fault.name)
             took = time.monotonic() - begun
