@@ -18,15 +18,18 @@ import torch
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter; it has to know before it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ["COLUMNS"] = "140"  # a terminal of a known width, which breaks no line that tests read
+
 # A shell that starts the tests in its background has them, and all that they start, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import cases
 import emulator
 from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
-from sparta_kernels import backends
+from sparta_kernels import backends, data
 from sparta_kernels.backends import extension, layout
 
 # `backend` below sets the instruction set once for all the examples of a test: they may well share it.
@@ -128,6 +131,20 @@ def _as_found() -> Iterator[None]:
     assert backends._requested == requested, "the test left another backend"
     assert extension.kernels.isa() == isa, "the test left another instruction set"
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """A module's tests have one thread: more only cost time on what is small, the more so where cores are shared."""
+    with cases.one_thread():
+        yield
+
+
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first 40 images of a data set: enough for a loop, and fast."""
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *args: tuple(part[:40] for part in load(*args)))
 
 
 class GuardedTorch:

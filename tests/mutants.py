@@ -33,7 +33,8 @@ LIBRARY, LAYOUT, EXTENSION, OPS = (
 )
 
 EVALUATION, ATTACK = "sparta_kernels/evaluation", "sparta_kernels/attack"
-PREPARE, RESTARTS, ENGINES = "tests/test_prepare.py", "tests/test_restarts.py", "tests/test_engines.py"
+PREPARE, SAME_FUNCTION = "tests/test_prepare.py", "tests/test_prepare_function.py"
+RESTARTS, ENGINES = "tests/test_restarts.py", "tests/test_engines.py"
 LOOP, STEPS, SHARED = "sparta_kernels/training", "tests/test_training_features.py", "tests/test_training_ddp.py"
 RESUMED = "tests/test_training_resume.py", "not killed"
 KEPT, EVALUATED = "tests/test_outcomes.py", "tests/test_evaluation.py"
@@ -115,15 +116,15 @@ FAULTS = [
         RELU,
     ),
     *(
-        Fault(f"training-{name}", "sparta_kernels/nn/recomputed.py", old, new, "tests/test_recomputed.py", TRAINING)
-        for name, old, new in (
-            ("batches", "norm.num_batches_tracked.add_(1)", "norm.num_batches_tracked.add_(2)"),
-            ("pixels", "gh1 = (found / pixels).expand", "gh1 = found.expand"),
-            ("spatial", "gh3.addcmul_(gspatial, self.w.w4)", "gh3"),
-            ("shift", "beta - mean * scale", "beta + mean * scale"),
-            ("hooks", "if has_hooks(layer) or ", "if "),
-            ("kept", "z if keep else None", "z"),
-            ("bits", "_relu_backward(grad, None, bits, stride,", "_relu_backward(grad, None, bits | 1, stride,"),
+        Fault(f"training-{name}", "sparta_kernels/nn/recomputed.py", old, new, f"tests/{file}.py", TRAINING)
+        for file, name, old, new in (
+            ("test_recomputed", "batches", "norm.num_batches_tracked.add_(1)", "norm.num_batches_tracked.add_(2)"),
+            ("test_recomputed", "pixels", "gh1 = (found / pixels).expand", "gh1 = found.expand"),
+            ("test_recomputed", "spatial", "gh3.addcmul_(gspatial, self.w.w4)", "gh3"),
+            ("test_recomputed", "shift", "beta - mean * scale", "beta + mean * scale"),
+            ("test_recomputed", "hooks", "if has_hooks(layer) or ", "if "),
+            ("test_recomputed_costs", "kept", "z if keep else None", "z"),
+            ("test_recomputed", "bits", "_relu_backward(grad, None, bits,", "_relu_backward(grad, None, bits | 1,"),
         )
     ),
     *(
@@ -170,9 +171,9 @@ FAULTS = [
     Fault(
         "outcome-padding", f"{EVALUATION}/batches.py", "values[: batch.real].cpu()", "values[-batch.real :].cpu()", KEPT
     ),
-    Fault("fold-shift", "sparta_kernels/nn/frozen.py", "    shift = shift * scale\n", "", PREPARE),
+    Fault("fold-shift", "sparta_kernels/nn/frozen.py", "    shift = shift * scale\n", "", SAME_FUNCTION),
     Fault("fold-read", f"{ATTACK}/rewrite.py", "if len(node.users) == 1 else None", "if node.users else None", PREPARE),
-    Fault("fork-writes", f"{ATTACK}/rewrite.py", "and not self._own(read)):", "and False):", PREPARE),
+    Fault("fork-writes", f"{ATTACK}/rewrite.py", "and not self._own(read)):", "and False):", SAME_FUNCTION),
     Fault("refresh-constants", f"{ATTACK}/prepare.py", "        refresh_constants(self._constants)\n", "", PREPARE),
     Fault(
         "restart-worst",

@@ -1,30 +1,14 @@
-"""What the tests of the command line share: `sparta` run in this process, on few images and by one thread."""
+"""What the tests of the command line share: `sparta` run in this process."""
 
 from __future__ import annotations
 
 import pytest
-from cases import one_thread
 from typer.testing import CliRunner
 
-from sparta_kernels import cli, data, training
+from sparta_kernels import cli, training
 
-# A run of moments on the images of `_few_images`: 40, in batches of at most 16, so three steps an epoch.
+# A run of moments on the images of the fixture `few_images`: 40, in batches of at most 16, so three steps an epoch.
 TRAIN = ["--width", "2", "--epochs", "2", "--batch-size", "16", "--attack-steps", "1", "--schedule", "one-cycle"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads only cost time on networks this small, the more so where the cores are shared."""
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _few_images(monkeypatch):
-    """The first images of the digits, and a terminal of a known width."""
-    load = data.load
-    monkeypatch.setattr(data, "load", lambda *args: tuple(part[:40] for part in load(*args)))
-    monkeypatch.setenv("COLUMNS", "100")
 
 
 def store_network(folder):

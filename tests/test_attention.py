@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from activation_case import (
     present,
     unpacked,
 )
-from cases import FLOATS, assert_same_bits, one_thread
+from cases import FLOATS, assert_same_bits
 from conftest import GuardedTorch
 from hypothesis import given, settings
 from torch import Tensor
@@ -29,11 +28,7 @@ from sparta_kernels import AttentionWeights, sparta_activation, sparta_attention
 from sparta_kernels.backends import layout, native
 from sparta_kernels.ops import attention
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- values and gradients ----------------------------------------------------------------------------------

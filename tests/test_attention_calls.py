@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from activation_case import FIELDS, ActivationCase, check_attention, forward, present
-from cases import FLOATS, assert_same_bits, lay, one_thread
+from cases import FLOATS, assert_same_bits, lay
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,10 +23,7 @@ FUNCTIONS = (sparta_attention, sparta_activation)
 CASE = ActivationCase((3, 5, 4, 4), 9, torch.float32)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def total(function: object, x: Tensor, weights: AttentionWeights) -> Tensor:

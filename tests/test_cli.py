@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from terminal import TRAIN, _few_images, _one_thread, one_line, run, store_network  # noqa: F401 (fixtures)
+from terminal import TRAIN, one_line, run, store_network
 from torch._inductor.exc import InductorError
 
 from sparta_kernels import cli, evaluation, report, training
 from sparta_kernels.commands import launch, options
+
+pytestmark = pytest.mark.usefixtures("one_thread", "few_images")
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from terminal import _few_images, _one_thread, one_line, run, store_network  # noqa: F401 (fixtures)
+from terminal import one_line, run, store_network
 
 from sparta_kernels import cli, data, evaluation, training
 from sparta_kernels.commands import evaluate as evaluate_command
 from sparta_kernels.commands import launch
 from sparta_kernels.evaluation import batches
 from sparta_kernels.training import checkpoint as checkpoint_module
+
+pytestmark = pytest.mark.usefixtures("one_thread", "few_images")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from terminal import TRAIN, _few_images, _one_thread, one_line, run, store_network  # noqa: F401 (fixtures)
+from terminal import TRAIN, one_line, run, store_network
 
 from sparta_kernels import data, training
 from sparta_kernels.processes import Processes
@@ -22,6 +22,8 @@ try:
     import tomllib
 except ImportError:  # Python 3.10
     import tomli as tomllib
+
+pytestmark = pytest.mark.usefixtures("one_thread", "few_images")
 
 STANDARD = [*TRAIN, "--attack", "none"]
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from test_prepare import images_of, settle, step
+from prepare_case import images_of, settle, step
 from torch import nn
 
 from sparta_kernels import build_info

@@ -37,10 +37,7 @@ class Net(nn.Module):
         return 9 * self.linear(self.conv(x).relu().mean((2, 3)))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Threads only cost time on networks this small, the more so where the cores are shared."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -310,7 +310,6 @@ def test_wrong_arguments(tmp_path, capsys, arguments, words):
 
 
 def test_info(tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "140")
     result = run("data", "info", "--json", tmp_path / "info.json")
     assert result.exit_code == 0, result.output
     for words in ("tiny-imagenet", "cifar-10-python.tar.gz (170 MB)", "crop 4, flip", "73257", "sparta data fetch"):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from cases import assert_same_bits, lay, one_thread
-from test_nn import build, features
+from cases import assert_same_bits, lay
+from sparta_case import SHAPE, WHOLE, build, features
 from torch import Tensor, nn
 
 from sparta_kernels import use_backend
@@ -17,16 +17,7 @@ from sparta_kernels.nn import Sparta
 from sparta_kernels.nn.frozen import Form
 from sparta_kernels.nn.frozen_sparta import FrozenSparta
 
-CONFIGURATIONS = [{}, {"hidden": 19}, {"share": 2}, {"dynamic": False}, {"dynamic": False, "share": 3, "hidden": 1}]
-SHAPE = (3, 6, 5, 7)
-
-
-@pytest.fixture(autouse=True)
-def _as_ever() -> Iterator[None]:
-    """The same weights every time, and one thread."""
-    torch.manual_seed(0)
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -60,7 +51,7 @@ def assert_close(gots: tuple[Tensor, ...], wants: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("arguments", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("arguments", WHOLE, ids=str)
 def test_it_is_the_function_of_its_module(arguments, calls):
     module, x = build(**arguments).eval(), features(*SHAPE)
     frozen = FrozenSparta(module, Form())
@@ -90,7 +81,7 @@ def refresh(frozen: FrozenSparta) -> None:
     frozen.refresh()
 
 
-@pytest.mark.parametrize("arguments", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("arguments", WHOLE, ids=str)
 def test_a_refresh_takes_over_everything_in_place(arguments, calls):
     module, x = build(**arguments).eval(), features(*SHAPE)
     frozen = FrozenSparta(module, Form())

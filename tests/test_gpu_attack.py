@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from test_prepare import images_of, outputs, settle, step
+from prepare_case import images_of, outputs, settle, step
 from torch import nn
 
 from sparta_kernels.attack import pgd, prepare

@@ -9,37 +9,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from sparta_case import CONFIGURATIONS, build, features
 from torch import Tensor, nn
 
 from sparta_kernels import reference
 from sparta_kernels.nn import ACTIVATIONS, ResNet, Sparta, make_activation, parse_sites, resnet18, resnet34
-
-CONFIGURATIONS = [
-    {},
-    {"hidden": 3},
-    {"share": 2},
-    {"share": 16},
-    {"dynamic": False},
-    {"dynamic": False, "share": 3},
-    {"kernel_size": 3},
-    {"kernel_size": 3, "hidden": 4, "share": 2},
-    {"kernel_size": 3, "dynamic": False},
-    {"kernel_size": 5},
-]
-
-
-def build(channels: int = 6, dtype: torch.dtype = torch.float64, **arguments: object) -> Sparta:
-    """A Sparta with every parameter and statistic away from its start, so that none can be forgotten."""
-    generator = torch.Generator().manual_seed(1)
-    module = Sparta(channels, **arguments).to(dtype)
-    for tensor in module.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.add_(0.3 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
-    return module
-
-
-def features(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
 
 
 def parameters(module: nn.Module) -> int:

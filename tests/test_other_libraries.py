@@ -22,10 +22,7 @@ BATCH = 32  # torchattacks averages the loss, we sum it: a power of two is an ex
 IMAGES = 1000
 
 
-@pytest.fixture(autouse=True)
-def _in_one_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -24,9 +24,7 @@ CLASSES, IMAGES = 4, 10
 SETTINGS = {"eps": 0.2, "step_size": 0.05, "steps": 3, "report_at": (1, 3), "batch_size": 4, "seed": 5}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(activation=nn.ReLU):

@@ -7,7 +7,6 @@ import json
 import re
 
 import pytest
-from cases import one_thread
 from terminal import one_line, run
 
 from sparta_kernels import data, papers, training
@@ -17,15 +16,7 @@ from sparta_kernels.papers.experiments import QUICK_LABEL
 SMALL = ["--quick", "--epochs", 1, "--batch-size", 200]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "140")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

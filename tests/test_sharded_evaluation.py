@@ -29,11 +29,6 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def _wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-
-
 def alone(*arguments):
     result = CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
     assert result.exit_code == 0, result.output

@@ -18,6 +18,8 @@ from sparta_kernels.training import CheckpointError, Settings, TrainingDiverged,
 from sparta_kernels.training.schedule import learning_rate
 
 IMAGES = 50
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {
     "width": 2,
     "epochs": 3,
@@ -33,15 +35,6 @@ def _few_images(monkeypatch):
     """The first images of the digits: enough for a loop, and fast."""
     load = data.load
     monkeypatch.setattr(data, "load", lambda *args: tuple(part[:IMAGES] for part in load(*args)))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Threads only cost time on networks this small, the more so where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

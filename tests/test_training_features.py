@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from terminal import _few_images, _one_thread  # noqa: F401 (fixtures)
 
 from sparta_kernels import attack, data, nn, training
 from sparta_kernels.nn import Sparta
@@ -18,6 +17,8 @@ from sparta_kernels.training import CheckpointError, Settings, finished, load_ch
 from sparta_kernels.training.objective import Objective
 from sparta_kernels.training.run import Run
 from sparta_kernels.training.schedule import learning_rate
+
+pytestmark = pytest.mark.usefixtures("one_thread", "few_images")
 
 TINY = {"width": 2, "epochs": 1, "batch_size": 16, "attack_steps": 2, "schedule": "constant", "learning_rate": 0.05}
 

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from cases import assert_same_bits, one_thread
-from test_nn import build, features
+from cases import assert_same_bits
+from sparta_case import SHAPE, WHOLE, build, features
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -21,16 +21,7 @@ from sparta_kernels.nn import sparta as sparta_module
 from sparta_kernels.nn.whole import folded, is_one_operation
 from sparta_kernels.ops import attention
 
-CONFIGURATIONS = [{}, {"hidden": 19}, {"share": 2}, {"dynamic": False}, {"dynamic": False, "share": 3, "hidden": 1}]
-SHAPE = (3, 6, 5, 7)
-
-
-@pytest.fixture(autouse=True)
-def _as_ever() -> Iterator[None]:
-    """The same weights every time, and one thread."""
-    torch.manual_seed(0)
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -73,7 +64,7 @@ def assert_all_close(gots: list[Tensor], wants: list[Tensor], **tolerance: float
 
 
 @pytest.mark.parametrize("prepare", [Sparta.eval, frozen_norms], ids=["eval", "frozen norms"])
-@pytest.mark.parametrize("arguments", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("arguments", WHOLE, ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_it_is_what_its_layers_are(arguments, prepare, layout, calls):
     module = prepare(build(**arguments))
@@ -92,7 +83,7 @@ def test_it_is_what_its_layers_are(arguments, prepare, layout, calls):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("arguments", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("arguments", WHOLE, ids=str)
 def test_in_lower_precision(arguments, dtype, calls):
     exact = build(**arguments).eval()
     module = copy.deepcopy(exact).to(dtype)
@@ -107,7 +98,7 @@ def test_in_lower_precision(arguments, dtype, calls):
         assert error <= 2 * theirs + (0.15 if i else 4 * torch.finfo(dtype).eps) * want.norm()
 
 
-@pytest.mark.parametrize("arguments", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("arguments", WHOLE, ids=str)
 def test_a_penalty_on_the_gradient(arguments):
     """Second derivatives, of the parameters too."""
 
@@ -301,7 +292,7 @@ def test_an_empty_batch(calls):
     assert not calls
 
 
-@pytest.mark.parametrize("arguments", CONFIGURATIONS[:3], ids=str)
+@pytest.mark.parametrize("arguments", WHOLE[:3], ids=str)
 def test_compilers_see_layers(arguments, calls):
     torch._dynamo.reset()
     module, x = build(dtype=torch.float32, **arguments).eval(), features(*SHAPE, dtype=torch.float32)
