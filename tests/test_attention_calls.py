@@ -270,6 +270,25 @@ def test_odd_channels_in_bfloat16_with_and_without_onednn(cpu_backend, channels,
 
 
 @TF32
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("first", [True, False], ids=["switched-off", "switched-on"])
+def test_onednn_switched_between_forward_and_backward(cpu_backend, first, dynamic):
+    """Weights that were packed for oneDNN's products serve without them too."""
+    case = ActivationCase((3, 7, 5, 5), 19, torch.bfloat16, dynamic=dynamic)
+    x, weights = case.leaves()
+    packed = pack(weights, x.dtype, cpu_backend)
+
+    def gradients(forward: bool, backward: bool) -> list[Tensor]:
+        with torch.backends.mkldnn.flags(enabled=forward):
+            y = activate(x, weights, packed, 1, cpu_backend)
+        with torch.backends.mkldnn.flags(enabled=backward):
+            return [y.detach(), *torch.autograd.grad(y, [x, *present(weights)], case.gradient())]
+
+    for got, want in zip(gradients(first, not first), gradients(True, True), strict=True):
+        assert (got - want).norm() <= 0.02 * want.norm()
+
+
+@TF32
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_product_that_fails_is_an_error(dtype, threads):

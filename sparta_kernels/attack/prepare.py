@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ..nn.frozen import Form
 from ..nn.modes import in_eval_mode
 from . import checks
+from .arithmetic import float32_products
 from .rewrite import refresh_constants, rewrite
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -162,22 +163,9 @@ class Prepared(nn.Module):
         """Where the network's tensors lie: a captured graph is valid for no others."""
         return [tensor.data_ptr() for tensor in chain(self.network.parameters(), self.network.buffers())]
 
-    @contextmanager
-    def arithmetic(self) -> Iterator[None]:
+    def arithmetic(self) -> AbstractContextManager[None]:
         """The GPU's arithmetic for float32 products: TF32 for precision "tf32", exact otherwise."""
-        if not torch.cuda.is_available():
-            yield
-            return
-        # By the older of torch's two names for these settings: who sets the newer one makes reading this one an error.
-        settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
-        before = [setting.allow_tf32 for setting in settings]
-        try:
-            for setting in settings:
-                setting.allow_tf32 = self.precision == "tf32"
-            yield
-        finally:
-            for setting, value in zip(settings, before, strict=True):
-                setting.allow_tf32 = value
+        return float32_products(self.precision == "tf32") if torch.cuda.is_available() else nullcontext()
 
     def train(self, mode: bool = True) -> Prepared:
         if mode:

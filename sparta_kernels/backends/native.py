@@ -255,6 +255,15 @@ class _Packed(NamedTuple):
         return self.forward6.numel() > 0
 
 
+def _unpacked(packed: list[Tensor]) -> _Packed:
+    """The packed weights, their matrices in float32 where torch.backends.mkldnn has been switched off since."""
+    made = _Packed(*packed)
+    if made.forward13.dtype != torch.bfloat16 or torch.backends.mkldnn.enabled:
+        return made
+    names = ("forward13", "forward6", "backward13", "backward6")
+    return made._replace(**{name: products.out_of_pairs(getattr(made, name)).float() for name in names})
+
+
 def _padded(hidden: int) -> int:
     return -(-hidden // 16) * 16
 
@@ -307,7 +316,7 @@ def attention_forward(
     if skip is not None and read.tensor is not x:
         return attention_forward(x.add_(skip), packed, hidden, keep)
     samples, channels, height, width = x.shape
-    made, padded = _Packed(*packed), _padded(hidden)
+    made, padded = _unpacked(packed), _padded(hidden)
     new = made.b13.new_empty
     a, channel, kernel = new(samples, 1, height, width), new(samples, channels), new(samples)
     mean1, mean6 = new(samples, padded), new(samples, padded) if made.dynamic else None
@@ -338,7 +347,7 @@ def attention_backward_(
     planar = is_planar(gx.shape, gx.stride())
     written = as_rows(gx, planar)
     samples, channels, height, width = gx.shape
-    made = _Packed(*packed)
+    made = _unpacked(packed)
     gradients = [gradient.to(made.w4.dtype).contiguous() for gradient in (ga, gchannel, gkernel)]
     extension.kernels.attention_backward(
         (samples, channels, height * width, _padded(hidden), _padded(hidden) - hidden),

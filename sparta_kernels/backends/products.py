@@ -53,6 +53,11 @@ def in_pairs(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
 
 
+def out_of_pairs(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix that `in_pairs` made this of, the row of 0 behind an odd last with it."""
+    return matrix.transpose(1, 2).flatten(0, 1).contiguous() if matrix.numel() else matrix
+
+
 def _right(dtype: torch.dtype) -> bool:
     """Whether a product of small whole numbers, which every dtype holds, comes out as it should."""
     # In numpy: whatever mode torch is in does not matter.
