@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from timing import Times, summary
 
+from sparta_kernels.attack.capture import capture
+
 _CACHES = 4  # the ring of inputs fills L2 so many times over; what is written as often again
 _USUAL_L2 = 64 * 2**20
 _WARM_UP = 3  # calls: what is compiled, loaded or tuned at a first call is done after them
@@ -63,10 +65,7 @@ class Cuda:
         self._current.__exit__(*error)
 
     def capture(self, work: Callable[[], object]) -> Callable[[], object]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            work()
-        return graph.replay
+        return capture(work, self.stream)[0].replay
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)

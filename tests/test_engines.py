@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 from sparta_kernels import build_info
 from sparta_kernels.attack import engines, pgd, prepare
+from sparta_kernels.attack.capture import capture
 from sparta_kernels.nn import resnet18
 
 SETTINGS = {"eps": 16 / 255, "step_size": 2 / 255, "steps": 4, "report_at": [0, 2, 4], "seed": 5}
@@ -138,6 +141,63 @@ def test_what_cannot_be_captured_falls_back_with_the_reason(model, graphs, monke
     assert found.engine.name == "eager"
     assert "cannot be captured (operation not permitted when stream is capturing)" in found.engine.reason
     assert torch.equal(found.losses, wanted.losses)
+
+
+class CapturingTorch:
+    """torch.cuda as captures see it, up to 2.12: what the driver declares invalid is never taken back."""
+
+    def __init__(self, monkeypatch):
+        self.stream, self.streams, self.underway, self.released, self.drawing = "before", [], [], [], False
+        self.handles = iter(range(1, 100))
+        replaced = {
+            "graph": self.graph,
+            "CUDAGraph": object,
+            "graph_pool_handle": lambda: (0, next(self.handles)),
+            "current_stream": lambda: self.stream,
+            "set_stream": lambda stream: setattr(self, "stream", stream),
+            "synchronize": lambda: None,
+        }
+        for name, value in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *pool: self.released.append(pool), raising=False)
+
+    @contextmanager
+    def graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
+        assert not self.underway, "captures_underway.empty() INTERNAL ASSERT FAILED"
+        assert capture_error_mode == "thread_local"
+        before, self.stream = self.stream, stream
+        self.underway.append(pool)
+        self.drawing = True
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+        self.underway.remove(pool)
+        self.drawing, self.stream = False, before
+
+    def end(self, device, pool):
+        if pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+
+@pytest.mark.parametrize("cleans_up", [False, True], ids=["torch-2.12", "torch-2.13"])
+def test_after_a_capture_that_failed_others_are_possible(monkeypatch, cleans_up):
+    """Else every one that follows, and everything that needs memory or random numbers, would be an error."""
+    pretended, stream = CapturingTorch(monkeypatch), SimpleNamespace(device=torch.device("cpu:0"))
+
+    def refused():
+        if cleans_up:
+            pretended.underway.clear()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        capture(refused, stream)
+    assert (pretended.stream, pretended.underway, pretended.drawing) == ("before", [], False)
+    assert pretended.released == ([] if cleans_up else [(0, (0, 1))])  # once, if nobody else did
+    assert capture(lambda: "done", stream)[1] == "done"
+    assert pretended.stream == "before"
 
 
 # ---- torch.compile, and the choice ---------------------------------------------------------------------------

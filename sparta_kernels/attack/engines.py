@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..ops import pgd_step_
 from . import checks
+from .capture import Capture
 from .prepare import PRECISIONS, PRECISIONS_ON_CPU, Prepared
 from .tracing import first_line
 
@@ -216,44 +217,6 @@ class _Captured:
 
 class NotCaptured(Exception):
     """A capture that torch or the driver refused; it says why."""
-
-
-class Capture:
-    """Makes CUDA graphs that share their memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        with torch.cuda.device(device):
-            # Its own: torch's default one belongs to the device that captured first.
-            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-
-    def warm_up(self, run: Callable[[], object]) -> None:
-        """Run on the stream of the captures."""
-        with torch.cuda.device(self._device):
-            here = torch.cuda.current_stream()
-            self._stream.wait_stream(here)
-            with torch.cuda.stream(self._stream):
-                run()
-            here.wait_stream(self._stream)
-
-    def __call__(self, run: Callable[[], _Outputs]) -> Callable[[], _Outputs]:
-        """A function that does again what `run` does, to the same memory, and gives the same outputs."""
-        with torch.cuda.device(self._device):
-            graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            try:
-                # Other threads (data loaders, NCCL) may do what a capturing thread may not.
-                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                    outputs = run()
-            except RuntimeError:
-                torch.cuda.set_stream(here)  # torch leaves the stream of a capture that failed the current one
-                torch.cuda.synchronize()
-                raise
-
-        def replay() -> _Outputs:
-            graph.replay()
-            return outputs
-
-        return replay
 
 
 def runner(engine: Engine, model: nn.Module, step: Step) -> Eager | Graph:
