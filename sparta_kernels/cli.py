@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from .commands import data, evaluate, info, options, reproduce, train
+from .interrupts import as_ctrl_c
 from .memory import keep_freed_memory
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
@@ -19,10 +20,22 @@ app.add_typer(data.app, name="data")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 a bad argument (one line says which), 130 Ctrl-C."""
+    """Run the command line and exit: 0 done, 1 failed, 2 a bad argument (one line says which), 130 Ctrl-C.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does, with status 143 and 129.
+    """
+    with as_ctrl_c() as came:
+        status = _status(arguments)
+    if status == options.INTERRUPTED and came:
+        status = 128 + came[0]  # what a shell reports for a program that a signal ended
+    sys.exit(status)
+
+
+def _status(arguments: Sequence[str] | None) -> int | None:
+    """Run the command line; the exit status, None for 0."""
     try:
         with keep_freed_memory():
-            status = app(args=arguments, prog_name="sparta", standalone_mode=False)
+            status: int | None = app(args=arguments, prog_name="sparta", standalone_mode=False)
     except typer.Abort:
         status = options.INTERRUPTED
     except OSError as error:  # a full disk, say: arguments were checked before
@@ -43,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 options.say(" ".join(message.split()))
             status = error.exit_code
-    sys.exit(status)
+    return status
 
 
 if __name__ == "__main__":

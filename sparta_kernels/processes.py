@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from .interrupts import Held, uninterrupted
 
 Work = TypeVar("Work")
 
@@ -21,6 +24,7 @@ class Processes:
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.count, self._device = 0, 1, device
+        self._held = Held()
         if dist.is_available() and dist.is_initialized():
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
             if "gloo" in dist.get_backend():
@@ -33,6 +37,21 @@ class Processes:
     def wait(self) -> None:
         """Go on once all are here."""
         self.largest(0.0)
+
+    @contextmanager
+    def leaving_together(self) -> Iterator[None]:
+        """Where there are several, hold Ctrl-C back in the block: one that left alone would have the others wait."""
+        if self.count == 1:
+            yield
+            return
+        with uninterrupted() as self._held:
+            yield
+
+    def leave_if_interrupted(self) -> None:
+        """Raise KeyboardInterrupt in all if it has been held back in one; to be called between pieces of work."""
+        if self.count > 1 and self.total(len(self._held)):
+            self._held.deliver()
+            raise KeyboardInterrupt
 
     def first(self, number: int) -> int:
         """The `number` of process 0."""

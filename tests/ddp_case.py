@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sparta_kernels import data
-from sparta_kernels.training import Settings, load_checkpoint, step, train
+from sparta_kernels.training import Settings, load_checkpoint, step, testing, train
 from sparta_kernels.training import run as run_module
 
 # 50 images in 4 batches of 12 or 13, of which one process gets an image more.
@@ -75,6 +75,23 @@ def main(folder: Path) -> None:
     found["stored"] = load_checkpoint(folder / "resumed.safetensors")[1]["position"]["step"]
     dist.barrier()  # and all have read it
     train(Settings(**TINY, ema=0.9), folder / "resumed.safetensors", resume=True, robust_images=20)
+
+    # And one in the test after an epoch, where they have different batches to do.
+    pgd = testing.attack.pgd
+
+    def tested(*arguments: Any, **keywords: Any) -> Any:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return pgd(*arguments, **keywords)
+
+    testing.attack.pgd = tested
+    try:
+        train(Settings(**TINY, ema=0.9), folder / "tested.safetensors", robust_images=40)
+    except KeyboardInterrupt:
+        dist.barrier()
+    testing.attack.pgd = pgd
+    metadata = load_checkpoint(folder / "tested.safetensors")[1]
+    found["tested"] = [metadata["epoch"], metadata["position"]["step"]]
 
     # Parameters that want no gradient, one that nothing depends on, and TRADES, where the network is called twice.
     build = run_module.build_model

@@ -431,6 +431,52 @@ def test_divergence_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):
     assert training.load_checkpoint(path)[1]["epoch"] == 1
 
 
+def test_a_run_that_diverges_at_once_leaves_nothing_in_the_way(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "net.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "learning_rate", lambda *_: 1e30)
+        code, err = one_line(["train", path, *TRAIN, "--learning-rate", 2], capsys)
+    assert (code, "try a lower --learning-rate" in err) == (1, True)
+    assert not os.listdir(tmp_path)
+    assert run("train", path, *TRAIN).exit_code == 0
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert sorted(before) == ["net.csv", "net.safetensors", "net.toml"]
+    monkeypatch.setattr(step, "learning_rate", lambda *_: 1e30)  # and the files of an older run stay whole
+    assert one_line(["train", path, *TRAIN, "--learning-rate", 2, "--overwrite"], capsys)[0] == 1
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_the_files_of_an_older_run_go_with_its_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "net.safetensors"
+    assert run("train", path, *TRAIN).exit_code == 0
+    perturb, calls = step.attack.perturb, []
+
+    def interrupt(*args, **keywords):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return perturb(*args, **keywords)
+
+    monkeypatch.setattr(step.attack, "perturb", interrupt)
+    assert run("train", path, *TRAIN, "--seed", 7, "--overwrite").exit_code == 130
+    assert training.read_metadata(path)["settings"]["seed"] == 7
+    assert tomllib.loads((tmp_path / "net.toml").read_text())["seed"] == 7
+    assert _rows(tmp_path / "net.csv") == []
+
+
+def test_a_longer_run(tmp_path, capsys):
+    path, constant = tmp_path / "net.safetensors", [*STANDARD, "--schedule", "constant"]
+    assert run("train", path, *constant, "--epochs", 1).exit_code == 0
+    (tmp_path / ".net.safetensors.0a1b2c3d.tmp").write_bytes(b"of a run that was killed")
+    result = run("train", path, *constant, "--epochs", 2, "--resume")
+    assert result.exit_code == 0, result.output
+    assert [row["epoch"] for row in _rows(tmp_path / "net.csv")] == ["1", "2"]
+    assert tomllib.loads((tmp_path / "net.toml").read_text())["epochs"] == 2
+    assert sorted(os.listdir(tmp_path)) == ["net.csv", "net.safetensors", "net.toml"]
+    code, err = one_line(["train", path, *constant, "--epochs", 1, "--resume"], capsys)
+    assert (code, "it can only be raised" in err, err.count("\n")) == (2, True, 1)
+
+
 # ---- transfer, events, several processes ---------------------------------------------------------------------
 
 

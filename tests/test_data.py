@@ -94,6 +94,43 @@ def test_write_replaces_the_whole_file(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+    path = tmp_path / "file"
+    others = [".other.0a1b2c3d.tmp", ".file.tmp", ".file.mine.tmp", ".file.part1.0a1b2c3d.tmp"]
+    for write in (lambda: files.check_writable(path), lambda: files.write_atomically(path, b"new")):
+        for name in (".file.0a1b2c3d.tmp", *others):
+            (tmp_path / name).touch()
+        write()
+        (tmp_path / "file").unlink(missing_ok=True)
+        assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+def test_what_a_living_writer_writes_is_left_to_it(tmp_path):
+    path = tmp_path / "file"
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(b"first")
+        files.write_atomically(path, b"second")
+        assert temporary.read_bytes() == b"first"
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_new_file_taken_for_an_abandoned_one(tmp_path, monkeypatch):
+    """By another writer, between its making and its lock."""
+    path, lock, removed = tmp_path / "file", files._lock, []
+
+    def late(file, *, wait):
+        if wait and not removed:
+            removed.append(file.name)
+            os.unlink(file.name)
+        return lock(file, wait=wait)
+
+    monkeypatch.setattr(files, "_lock", late)
+    files.write_atomically(path, b"new")
+    assert removed
+    assert path.read_bytes() == b"new"
+
+
 @pytest.mark.parametrize("call", ["replace", "fsync"])
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch, call):
     path = tmp_path / "file"

@@ -158,6 +158,43 @@ def test_stopped_anywhere_the_same_command_goes_on(tmp_path, monkeypatch, few_im
     assert "done" in run(*command, "--list").stdout
 
 
+def test_a_folder_that_was_moved_goes_on(tmp_path, monkeypatch, few_images, short_attack):
+    def command(out):
+        return ["reproduce", "table9", "--quick", "--epochs", 2, "--out", out, "--only", "*-from-svhn-*"]
+
+    train = training.train
+
+    def interrupted(settings, path, *, on_batch, **options):
+        def stop(batch):
+            on_batch(batch)
+            if settings.sparta_from and batch.epoch == 2:
+                raise KeyboardInterrupt
+
+        return train(settings, path, on_batch=stop, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", interrupted)
+        assert run(*command(tmp_path / "one")).exit_code == 130
+    (tmp_path / "one").rename(tmp_path / "two")
+    result = run(*command(tmp_path / "two"))
+    assert result.exit_code == 0, result.output
+    assert "goes on after epoch 1" in result.stderr
+
+
+def test_a_full_disk_is_not_the_data_s_fault(tmp_path, monkeypatch, capsys, few_images, short_attack):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    command = ["reproduce", "table5", "--quick", "--epochs", 1, "--out", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", full)
+        status, err = one_line(command, capsys)
+    assert (status, err.splitlines()[-1]) == (1, "sparta: [Errno 28] No space left on device")
+    monkeypatch.setattr(training, "train", lambda *_, **__: (_ for _ in ()).throw(data.DataError("digits: damaged")))
+    status, err = one_line(command, capsys)
+    assert (status, err.splitlines()[-1]) == (2, "sparta: Invalid value for --data-root: digits: damaged")
+
+
 def test_seeds_give_mean_and_deviation(tmp_path, trained, few_images, short_attack):
     command = ["reproduce", "table5", "--quick", "--epochs", 1, "--out", tmp_path, "--seed", 5]
     result = run(*command, "--seeds", 2, "--only", "*-swish-adversarial-seed*")

@@ -413,6 +413,7 @@ def test_settings_that_exclude_each_other(name, values):
         ("robust_images", -1, ValueError),
         ("on_batch", 3, TypeError),
         ("on_epoch", 3, TypeError),
+        ("on_store", 3, TypeError),
     ],
 )
 def test_wrong_arguments(path, monkeypatch, name, value, error):

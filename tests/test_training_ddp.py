@@ -77,6 +77,10 @@ def test_a_resumed_run_ends_alike(together, found):
     assert histories[0][1]["robust_error"] == histories[1][1]["robust_error"] is not None
 
 
+def test_ctrl_c_in_the_test_after_an_epoch(found):
+    assert found["tested"] == [0, 4]  # none of the epoch's steps is lost
+
+
 def test_frozen_parameters_are_not_waited_for(together, found):
     assert len(found["frozen"]) == 4
     source, frozen = (load_file(together / f"{name}.safetensors") for name in ("usual", "frozen"))

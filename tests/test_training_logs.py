@@ -72,12 +72,14 @@ def test_a_table_has_every_epoch_once_whatever_it_had_before(tmp_path):
     log.close()
 
 
-def test_the_table_of_an_older_run_goes_with_the_first_step(tmp_path):
+def test_the_table_of_an_older_run_goes_when_this_one_is_stored(tmp_path):
     path = tmp_path / "net.csv"
     path.write_text("old")
     log = TrainingLog([path])
     assert path.read_text() == "old"
     log.batch(_batch(1, 1))
+    assert path.read_text() == "old"
+    log.begin()
     assert _rows(path) == []
     assert path.read_text().startswith("epoch,loss,error,clean_error,")
     log.close()

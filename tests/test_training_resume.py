@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from sparta_kernels import data
 from sparta_kernels.training import CheckpointError, Settings, TrainingDiverged, load_checkpoint, read_run, step, train
+from sparta_kernels.training import run as run_module
 
 TINY = {"width": 2, "epochs": 2, "batch_size": 16, "attack": "xie2019", "attack_steps": 2}
 EVERYTHING = TINY | {
@@ -176,13 +178,95 @@ training.train(settings, sys.argv[1], save_every=1e-9, on_batch=lambda _: print(
     assert contents(path) == expected
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("of the GPU")])
+def test_whole_steps_are_stored_when_something_else_ends_them(tmp_path, whole, monkeypatch, error):
+    settings, path = Settings(**TINY), tmp_path / "run.safetensors"
+    perturb, calls = step.attack.perturb, []
+
+    def fail(*args, **keywords):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return perturb(*args, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step.attack, "perturb", fail)
+        with pytest.raises(type(error)) as raised:
+            train(settings, path)
+        assert raised.value is error
+    assert steps_done(path) == (0, 2)
+    train(settings, path, resume=True)
+    assert contents(path) == whole(settings)
+
+
+def test_a_file_that_cannot_be_written_is_told_once(tmp_path, monkeypatch):
+    error = OSError(28, "No space left on device")
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(run_module, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        train(Settings(**TINY), tmp_path / "run.safetensors", save_every=1e-9)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("schedule", ["milestones", "constant"])
+def test_more_epochs(tmp_path, whole, schedule):
+    """A run that is made longer is the run that was so long from the start."""
+    longer = Settings(**TINY | {"schedule": schedule, "milestones": (1,), "ema": 0.9})
+    shorter, path = dataclasses.replace(longer, epochs=1), tmp_path / "run.safetensors"
+    train(shorter, path)
+    for other in ({"seed": 1}, {"milestones": (1, 2)}):
+        with pytest.raises(CheckpointError, match=next(iter(other))):
+            train(dataclasses.replace(longer, **other), path, resume=True)
+    assert len(train(longer, path, resume=True)) == 2
+    assert contents(path) == whole(longer)
+    with pytest.raises(CheckpointError, match=r"epochs was 2 and is 1 \(it can only be raised\)"):
+        train(shorter, path, resume=True)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
+def test_more_epochs_where_learning_rates_depend_on_them(tmp_path, schedule):
+    settings, path = Settings(**TINY | {"schedule": schedule, "epochs": 1, "attack": "none"}), tmp_path / "run"
+    train(settings, path)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"epochs was 1 and is 2 \(its learning rates depend on it\)$"):
+        train(dataclasses.replace(settings, epochs=2), path, resume=True)
+    assert path.read_bytes() == before
+
+
+def test_a_source_of_sparta_that_was_moved(tmp_path, monkeypatch):
+    first, second, path = tmp_path / "first", tmp_path / "second", tmp_path / "run"
+    standard = TINY | {"attack": "none"}
+    train(Settings(**standard), first)
+    settings = Settings(**standard | {"sparta_from": str(first), "freeze_sparta": True})
+
+    def stop(batch):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, path, on_batch=stop)
+    moved = dataclasses.replace(settings, sparta_from=str(second))
+    for content in (None, b"another file"):
+        if content is not None:
+            second.write_bytes(content)
+        with pytest.raises(CheckpointError, match="sparta_from was"):
+            train(moved, path, resume=True)
+    first.rename(second)
+    assert len(train(moved, path, resume=True)) == 2
+    assert load_checkpoint(path)[1]["settings"]["sparta_from"] == str(second)
+
+
 def test_checkpoints_by_the_clock(tmp_path):
     settings, path, seen = Settings(**TINY | {"attack": "none"}), tmp_path / "run.safetensors", []
+    stores = []
 
     def look(batch):  # called before the step just done is stored
         seen.append(steps_done(path) if path.exists() else None)
 
-    train(settings, path, save_every=1e-9, on_batch=look)
+    train(settings, path, save_every=1e-9, on_batch=look, on_store=lambda: stores.append(steps_done(path)))
+    assert stores == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0)]
     assert seen == [None, (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)]
     seen.clear()
     train(settings, path, overwrite=True, save_every=None, on_batch=look)

@@ -113,7 +113,7 @@ def reproduce(
                     f"interrupted; {done} of {len(wanted)} runs are done, and the same command goes on",
                     options.INTERRUPTED,
                 )
-            except (ImportError, OSError) as error:
+            except (ImportError, data.DataError) as error:
                 raise typer.BadParameter(str(error), param_hint="--data-root") from error
 
         def test_images(name: str) -> tuple[Tensor, Tensor]:

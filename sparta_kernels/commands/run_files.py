@@ -93,6 +93,7 @@ class RunFiles:
             return False
 
     def write_configuration(self) -> None:
-        """Keep the configuration, for --config."""
+        """Keep the configuration, for --config, once: that of the checkpoint that is there."""
         if self._writes_toml:
             write_atomically(self._toml, training.as_toml(self._entries).encode())
+            self._writes_toml = False

@@ -145,7 +145,7 @@ def train(
         ):
             training.transfer(network, source, freeze_sparta)
 
-    console, before = options.console(json_file), _version(checkpoint)
+    console, stored = options.console(json_file), resume
     progress = training.TrainingProgress(options.progress_console(), settings)
     try:
         log = training.TrainingLog(files.tables, log_dir, history) if launch.here().rank == 0 else None
@@ -153,8 +153,6 @@ def train(
         raise typer.BadParameter(str(error), param_hint="--log-dir") from error
 
     def on_batch(batch: training.Batch) -> None:
-        if progress.last is None and log is not None:
-            files.write_configuration()
         progress.batch(batch)
         if log is not None:
             log.batch(batch)
@@ -163,6 +161,13 @@ def train(
         progress.epoch(epoch)
         if log is not None:
             log.epoch(epoch)
+
+    def on_store() -> None:
+        nonlocal stored
+        stored = True
+        files.write_configuration()
+        if log is not None:
+            log.begin()
 
     try:
         with backends.use_backend(backend), launch.process_group(place), progress:
@@ -177,11 +182,12 @@ def train(
                 robust_images=robust_images,
                 on_batch=on_batch,
                 on_epoch=on_epoch,
+                on_store=on_store,
             )
     except KeyboardInterrupt:
         if launch.here().rank > 0:
             raise typer.Exit(options.INTERRUPTED) from None
-        options.end(f"interrupted; {_kept(checkpoint, resume or _version(checkpoint) != before)}", options.INTERRUPTED)
+        options.end(f"interrupted; {_kept(checkpoint, stored)}", options.INTERRUPTED)
     except (ImportError, data.DataError) as error:
         raise typer.BadParameter(str(error), param_hint="--data") from error
     except training.TrainingDiverged as error:
@@ -204,11 +210,6 @@ def train(
     robust = "" if last.robust_error is None else f"robust test error {report.percent(last.robust_error)}, "
     found = f"{robust}clean test error {report.percent(last.clean_error)}"
     console.print(f"{checkpoint}: {_count(len(history), 'epoch')}, {found}", soft_wrap=True)
-
-
-def _version(checkpoint: Path) -> tuple[int, int] | None:
-    """What tells a file from the one that takes its place."""
-    return (checkpoint.stat().st_ino, checkpoint.stat().st_mtime_ns) if checkpoint.exists() else None
 
 
 def _kept(checkpoint: Path, stored: bool) -> str:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
@@ -56,13 +63,50 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A new empty file beside `path` (a rename must not cross file systems), removed unless moved away."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """A new empty file beside `path` (a rename must not cross file systems), removed unless moved away.
+
+    It is locked meanwhile: one that is not is of a process that was killed, and is removed here.
+    """
+    _remove_abandoned(path)
     try:
+        temporary, owned = _create(path)
+    except OSError as error:
+        raise type(error)(f"cannot write {path}: {error.strerror}") from error
+    with owned:
         try:
-            temporary.touch(exist_ok=False)
-        except OSError as error:
-            raise type(error)(f"cannot write {path}: {error.strerror}") from error
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _create(path: Path) -> tuple[Path, BinaryIO]:
+    """The temporary file, and the same open and locked."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        owned = temporary.open("xb")
+        _lock(owned, wait=True)
+        if temporary.exists():  # not taken for an abandoned one before it was locked
+            return temporary, owned
+        owned.close()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` have left."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    try:
+        found = [path.with_name(other) for other in os.listdir(path.parent) if name.fullmatch(other)]
+    except OSError:  # a folder that cannot be listed
+        return
+    for abandoned in found:
+        with contextlib.suppress(OSError), abandoned.open("rb+") as file:  # gone by now, or not ours to remove
+            if _lock(file, wait=False):
+                abandoned.unlink(missing_ok=True)
+
+
+def _lock(file: BinaryIO, *, wait: bool) -> bool:
+    """Whether the file is now this process's, until it is closed or the process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (AttributeError, OSError):  # a system or a file system without locks, or somebody else's
+        return False
+    return True

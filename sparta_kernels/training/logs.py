@@ -26,7 +26,7 @@ def as_csv(history: Sequence[Epoch]) -> str:
 
 
 class TrainingLog:
-    """Writes a run's tables and events. Give its methods to `train`, and close it at the end.
+    """Writes a run's tables and events. Give its methods to `train`, `begin` as `on_store`, and close it at the end.
 
     A table is written whole after every epoch, from all that is known of the run: whatever ended it before, it has
     every epoch once. Of the events TensorBoard leaves out those of an earlier run, or of steps that were done again.
@@ -55,10 +55,13 @@ class TrainingLog:
         if self._history:
             self._write_tables()
 
+    def begin(self) -> None:
+        """The run is stored: tables that are there and know nothing of it are of another, and emptied."""
+        if not self._history and any(Path(path).exists() for path in self._tables):
+            self._write_tables()
+
     def batch(self, batch: Batch) -> None:
         """A step is done."""
-        if self._step is None and not self._history and any(Path(path).exists() for path in self._tables):
-            self._write_tables()  # they are of another run
         self._step = (batch.epoch - 1) * batch.batches + batch.number
         if self._writer_class is None:
             return

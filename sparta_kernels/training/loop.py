@@ -14,10 +14,10 @@ from .. import data
 from ..attack import checks
 from ..attack.prepare import PRECISIONS_ON_CPU
 from ..data.files import check_writable
+from ..interrupts import uninterrupted
 from ..memory import keep_freed_memory
 from ..processes import Processes
 from .history import Batch, Epoch
-from .interrupts import uninterrupted
 from .run import Run, read_run
 from .settings import Settings
 from .step import Trainer
@@ -37,14 +37,16 @@ def train(
     robust_images: int = 0,
     on_batch: Callable[[Batch], None] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    on_store: Callable[[], None] | None = None,
 ) -> list[Epoch]:
     """Train a network and store it after every epoch, and every `save_every` seconds between.
 
     The attack sees the network in eval mode, the update in train mode. The order of the images depends on
     (seed, epoch) alone, an image's augmentation and attack on (seed, its index, epoch): a run that was stopped at any
     moment, by Ctrl-C or ``kill -9``, and resumed ends with the very weights, bit for bit, of one that was not (on a
-    CPU; same machine and thread count). Ctrl-C stores the last whole step first. The process keeps the memory that it
-    frees meanwhile (`sparta_kernels.keep_freed_memory`).
+    CPU; same machine and thread count). Ctrl-C, or another signal whose handler raises KeyboardInterrupt, stores the
+    last whole step first, as do memory that runs out and a file that cannot be written. The process keeps the memory
+    that it frees meanwhile (`sparta_kernels.keep_freed_memory`).
 
     Where torch.distributed has a process group, its processes train one network: each must call this with the same
     arguments (but its own device) and takes a part of every batch; BatchNorm's statistics in an update are those of
@@ -54,13 +56,15 @@ def train(
         settings: what to train, and how.
         checkpoint: the file to write, atomically.
         root: folder with the data set's files, where it needs one.
-        resume: go on from `checkpoint`, whose settings must be the same.
+        resume: go on from `checkpoint`, whose settings must be the same. But `epochs` may be larger with the schedules
+            "milestones" and "constant", which do not depend on it, and `sparta_from` may have been moved.
         overwrite: start again although `checkpoint` exists.
         device: where to train.
         save_every: seconds from one checkpoint to the next inside an epoch; None for none there.
         robust_images: how many of the first test images are attacked after each epoch, with the settings' attack (with
             attack "none": the papers' test attack, preset "sparta"); more than there are: all.
         on_batch, on_epoch: called after each.
+        on_store: called, in process 0, when the checkpoint has been written.
 
     Returns:
         All epochs, those before a resume included.
@@ -87,6 +91,7 @@ def train(
     checks.integer(where, "robust_images", robust_images, low=0)
     checks.callback(where, "on_batch", on_batch)
     checks.callback(where, "on_epoch", on_epoch)
+    checks.callback(where, "on_store", on_store)
     device, path = checks.device(where, device), Path(checkpoint)
     if device.type == "cpu" and settings.precision not in PRECISIONS_ON_CPU:
         allowed = " or ".join(map(repr, PRECISIONS_ON_CPU))
@@ -107,42 +112,57 @@ def train(
     writes = processes.rank == 0
     stored = time.monotonic()
 
-    def on_step(batch: Batch) -> None:
+    def store() -> None:
         nonlocal stored
-        if on_batch is not None:
-            on_batch(batch)
-        if writes and save_every is not None and time.monotonic() - stored >= save_every:
+        if not writes:
+            return
+        with uninterrupted():
             run.store(path)
             stored = time.monotonic()
+            if on_store is not None:
+                on_store()
 
-    try:
-        while len(run.history) < settings.epochs:
-            trainer.epoch(on_step)
-            run.check_finite()
-            processes.copy_from_first(run.statistics(run.tested))
-            clean_error, robust_error = test()
-            done = run.position
-            run.end_epoch(
-                Epoch(
-                    len(run.history) + 1,
-                    done.loss / len(images),
-                    done.wrong / len(images),
-                    clean_error,
-                    len(images) / done.seconds,
-                    done.rate,
-                    robust_error,
-                    done.seconds,
+    def on_step(batch: Batch) -> None:
+        if on_batch is not None:
+            on_batch(batch)
+        if save_every is not None and time.monotonic() - stored >= save_every:
+            store()
+
+    def keep_whole_steps(error: BaseException) -> None:
+        try:
+            if run.unsaved:
+                store()
+        except Exception:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            # Else the first error tells more: a full disk, memory, or a GPU that will not do this either.
+
+    with processes.leaving_together():
+        try:
+            while len(run.history) < settings.epochs:
+                trainer.epoch(on_step)
+                run.check_finite()
+                processes.copy_from_first(run.statistics(run.tested))
+                clean_error, robust_error = test()
+                done = run.position
+                run.end_epoch(
+                    Epoch(
+                        len(run.history) + 1,
+                        done.loss / len(images),
+                        done.wrong / len(images),
+                        clean_error,
+                        len(images) / done.seconds,
+                        done.rate,
+                        robust_error,
+                        done.seconds,
+                    )
                 )
-            )
-            if writes:
-                run.store(path)
-                stored = time.monotonic()
-            if on_epoch is not None:
-                on_epoch(run.history[-1])
-    except KeyboardInterrupt:
-        with uninterrupted():  # torchrun sends a second one
-            if writes and run.unsaved:
-                run.store(path)
-        raise
-    processes.wait()  # whoever reads the file next finds it
+                store()
+                if on_epoch is not None:
+                    on_epoch(run.history[-1])
+        except (KeyboardInterrupt, OSError, RuntimeError, MemoryError) as error:  # not what says that it diverged
+            with uninterrupted():  # a second one may come
+                keep_whole_steps(error)
+            raise
+        processes.wait()  # whoever reads the file next finds it
     return run.history

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import data
+from ..interrupts import uninterrupted
 from .checkpoint import Checkpoint, CheckpointError, build_model, read_checkpoint, read_metadata, save_checkpoint
 from .history import Epoch, Position
-from .interrupts import uninterrupted
+from .schedule import INDEPENDENT_OF_EPOCHS
 from .settings import Settings
 from .transfer import freeze_sparta, transfer
 
@@ -55,7 +56,7 @@ class Run:
                 self.model: nn.Module = build_model(**self.description)
             if settings.sparta_from:
                 transfer(self.model, settings.sparta_from, settings.freeze_sparta)
-                self.sparta_digest = hashlib.sha256(Path(settings.sparta_from).read_bytes()).hexdigest()
+                self.sparta_digest = _digest(settings.sparta_from)
         else:
             self.model = previous.model
             if settings.freeze_sparta:
@@ -199,12 +200,16 @@ def read_run(settings: Settings, checkpoint: str | os.PathLike[str]) -> tuple[Ch
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is damaged or has other settings.
+        CheckpointError: it is damaged or has other settings. But `epochs` may be larger with the schedules "milestones"
+            and "constant", which do not depend on it, and `sparta_from` may have been moved.
     """
     previous = read_checkpoint(checkpoint)
     different = _differences(settings, previous.metadata)
+    if _only_goes_on(settings, previous.metadata["settings"].get("epochs")):
+        different.pop("epochs", None)
     if different:
-        raise CheckpointError(f"checkpoint {checkpoint}: cannot resume with other settings: {different}")
+        words = ", ".join(different.values())
+        raise CheckpointError(f"checkpoint {checkpoint}: cannot resume with other settings: {words}")
     try:
         return previous, recorded(previous.metadata)[0]
     except (TypeError, ValueError) as problem:
@@ -250,8 +255,32 @@ def model_arguments(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _differences(settings: Settings, metadata: dict[str, Any]) -> str:
+def _differences(settings: Settings, metadata: dict[str, Any]) -> dict[str, str]:
     """Which settings a stored run has otherwise, in words. One that it does not know yet was as it is by default."""
     new, old = settings.as_dict(), Settings().as_dict() | metadata["settings"]
-    keys = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key))
-    return ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in keys)
+    different = {}
+    for key in sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key)):
+        if key == "sparta_from" and _is_the_file(settings.sparta_from, metadata.get("sparta_digest")):
+            continue
+        different[key] = f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+    if "epochs" in different:
+        independent = settings.schedule in INDEPENDENT_OF_EPOCHS
+        different["epochs"] += f" ({'it can only be raised' if independent else 'its learning rates depend on it'})"
+    return different
+
+
+def _is_the_file(path: str, digest: str | None) -> bool:
+    """Whether this is the file that SPARTA was taken from, which may have been moved since."""
+    try:
+        return bool(path and digest) and _digest(path) == digest
+    except OSError:
+        return False
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _only_goes_on(settings: Settings, epochs: Any) -> bool:
+    """Whether a run planned for so many epochs took, as far as it came, the very steps that these settings ask for."""
+    return settings.schedule in INDEPENDENT_OF_EPOCHS and isinstance(epochs, int) and settings.epochs >= epochs

@@ -6,6 +6,9 @@ import math
 
 from .settings import Settings
 
+# Schedules whose learning rate at a step is the same in a longer run.
+INDEPENDENT_OF_EPOCHS = ("milestones", "constant")
+
 
 def learning_rate(settings: Settings, step: int, steps_per_epoch: int) -> float:
     """The learning rate of update number `step`, counted from 0 over the whole run; above 0 for each of them."""

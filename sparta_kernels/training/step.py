@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from ..attack import Prepared
 from ..attack.prepare import DTYPES
 from ..processes import Processes
 from .history import Batch
-from .interrupts import uninterrupted
 from .objective import Objective
 from .run import Run, TrainingDiverged
 from .schedule import learning_rate
@@ -76,24 +75,20 @@ class Trainer:
         batches, from_clean = self._order(number)
         self.run.model.train()
         keep_frozen_in_eval(self.run.model)
-        # A process that leaves alone would have the others wait for it: they leave together, after a step.
-        held = uninterrupted if self.processes.count > 1 else nullcontext
-        with held() as interrupts:
-            for i in range(position.step, self.batches):
-                start = time.perf_counter()
-                with self._saying_where(number, i):
-                    mine = batches[i].tensor_split(self.processes.count)[self.processes.rank]
-                    self._share_statistics()
-                    x, labels, adversarial = self._attacked(mine, number, clean_start=from_clean[i])
-                    with self.run.change():
-                        loss, wrong, rate = self._update(x, labels, adversarial, len(batches[i]), (number - 1, i))
-                        position.step += 1
-                        position.loss, position.wrong = position.loss + loss, position.wrong + wrong
-                        position.rate, position.seconds = rate, position.seconds + time.perf_counter() - start
-                count = len(batches[i])
-                on_step(Batch(number, i + 1, self.batches, count, loss / count, wrong / count))
-                if interrupts is not None and self.processes.total(len(interrupts)):
-                    raise KeyboardInterrupt
+        for i in range(position.step, self.batches):
+            start = time.perf_counter()
+            with self._saying_where(number, i):
+                mine = batches[i].tensor_split(self.processes.count)[self.processes.rank]
+                self._share_statistics()
+                x, labels, adversarial = self._attacked(mine, number, clean_start=from_clean[i])
+                with self.run.change():
+                    loss, wrong, rate = self._update(x, labels, adversarial, len(batches[i]), (number - 1, i))
+                    position.step += 1
+                    position.loss, position.wrong = position.loss + loss, position.wrong + wrong
+                    position.rate, position.seconds = rate, position.seconds + time.perf_counter() - start
+            count = len(batches[i])
+            on_step(Batch(number, i + 1, self.batches, count, loss / count, wrong / count))
+            self.processes.leave_if_interrupted()
 
     def _order(self, number: int) -> tuple[tuple[Tensor, ...], list[bool]]:
         """The images of each batch of the epoch, and whether its attack starts on the images themselves."""

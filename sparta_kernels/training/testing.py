@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -53,8 +54,12 @@ class Tester:
     def _error(self, count: int, predicted: Callable[[Tensor, Tensor], Tensor]) -> float:
         wrong = torch.zeros(1, dtype=torch.int64, device=self._images.device)
         indices = torch.arange(count, device=self._images.device)
-        for rows in self._processes.share(indices.split(self._settings.batch_size)):
-            wrong += (predicted(self._images[rows].float() / 255, rows) != self._labels[rows]).sum()
+        batches = indices.split(self._settings.batch_size)
+        mine = self._processes.share(batches)
+        for i in range(math.ceil(len(batches) / self._processes.count)):  # as often in all processes
+            for rows in mine[i : i + 1]:
+                wrong += (predicted(self._images[rows].float() / 255, rows) != self._labels[rows]).sum()
+            self._processes.leave_if_interrupted()
         return self._processes.sums(wrong)[0] / count
 
     def _predicted(self, x: Tensor, _: Tensor) -> Tensor:
