@@ -42,7 +42,9 @@ def train(
             help="Take options from this TOML file, such as a run stores; those given here too go first.",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from CHECKPOINT.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from CHECKPOINT, with the settings that it began with.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again though CHECKPOINT exists.")] = False,
     data_name: DataName = _PAPERS.data,
     root: Root = None,
@@ -62,7 +64,9 @@ def train(
     freeze_sparta: Annotated[
         bool, _network("--freeze-sparta/--no-freeze-sparta", help="Leave those as they are.")
     ] = _PAPERS.freeze_sparta,
-    epochs: Annotated[int, _update(min=1, help="Passes over the training images.")] = _PAPERS.epochs,
+    epochs: Annotated[
+        int, _update(min=1, help="Passes over the training images; --resume may raise it (milestones, constant).")
+    ] = _PAPERS.epochs,
     batch_size: Annotated[
         int, _update(min=3, help="Images in a batch, of all processes together, at most.")
     ] = _PAPERS.batch_size,
@@ -110,6 +114,8 @@ def train(
     json_file: Json = None,
 ) -> None:
     """Train a network, standard or adversarially, and store it after every epoch.
+
+    Stop it by Ctrl-C or SIGTERM at any moment: it stores its last step, and --resume goes on from there.
 
     Beside CHECKPOINT, NAME.safetensors, say, NAME.toml keeps the options, for --config, and NAME.csv has a line for
     each epoch. By torchrun, several processes share every batch: torchrun --standalone --no-python --nproc-per-node 2
