@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from building import build_commands
 from origin import ROOT
 from suite_runner import MOST_FAILURES, Job, StepFailed, StepSkipped, StepTimedOut, last_lines
 
@@ -66,20 +67,12 @@ def probe(job: Job) -> dict[str, Any]:
 
 
 def build(job: Job) -> None:
-    """Compile the module: in place for this GPU, or in a rehearsal elsewhere for the CPU.
-
-    CMake alone does it: whatever version of setuptools there is has no say.
-    """
+    """Compile the module: in place for this GPU, or in a rehearsal elsewhere for the CPU."""
     if job.dry_run:
-        folder, target, cuda = job.scratch / "build", job.scratch / "installed", {"SPARTA_CUDA": "OFF"}
+        folder, target, archs = job.scratch / "build", job.scratch / "installed", None
     else:
-        folder, target = ROOT / "build" / "device-suite", ROOT
-        cuda = {"SPARTA_CUDA": "ON", "SPARTA_CUDA_ARCHS": job.machine["capability"].replace(".", "")}
-    settings = {"Python_EXECUTABLE": sys.executable, "CMAKE_INSTALL_PREFIX": target, **cuda}
-    for command in (
-        ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *(f"-D{key}={value}" for key, value in settings.items())],
-        ["cmake", "--build", folder, "--target", "install"],
-    ):
+        folder, target, archs = ROOT / "build" / "device-suite", ROOT, job.machine["capability"].replace(".", "")
+    for command in build_commands(ROOT, folder, target, archs):
         status, output = job.run(command)
         if status != 0:
             raise StepFailed(last_lines(output))
