@@ -18,6 +18,7 @@ import torch
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter; it has to know before it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else it starts processes that each import torch
 os.environ["COLUMNS"] = "140"  # a terminal of a known width, which breaks no line that tests read
 
 # A shell that starts the tests in its background has them, and all that they start, ignore Ctrl-C.

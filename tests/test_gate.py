@@ -14,6 +14,7 @@ from cases import (
     assert_near,
     assert_same_bits,
     gate_cases,
+    interpreted,
     lay,
     magnitudes,
     random,
@@ -105,6 +106,8 @@ def test_every_output_is_written_and_nothing_beside_it(backend, guarded, case):
     ids=str,
 )
 def test_sums_over_many_chunks(backend, shape, share, dtype, layout):
+    if interpreted(backend):  # whose samples have several parts too
+        shape = {(2, 3, 301, 257): (2, 3, 101, 57), (1, 300, 20, 37): (1, 200, 20, 21)}.get(shape, shape)
     check(GateCase(shape, dtype, (torch.float32,) * 3, share, layout, layout), backend)
 
 
@@ -269,6 +272,8 @@ def test_phi_from_one_end_to_the_other(backend, dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("shape", "share"), [((3, 40, 33, 31), 1), ((1, 2, 300, 311), 4), ((64, 512, 4, 4), 1)])
 def test_the_same_bits_every_time_and_for_any_number_of_threads(backend, shape, share, layout, dtype):
+    if interpreted(backend):
+        shape = {(1, 2, 300, 311): (1, 2, 100, 101), (64, 512, 4, 4): (5, 512, 4, 4)}.get(shape, shape)
     case = GateCase(shape, dtype, (torch.float32,) * 3, share, layout, layout)
     torch.set_num_threads(1)
     y, grads, *_ = forward_backward(case, backend)
@@ -350,7 +355,8 @@ gradient_cases = pytest.mark.parametrize(
 @gradient_cases
 def test_gradcheck(backend, layout, kernel, share):
     inputs = gradient_inputs(layout, kernel, share)
-    assert torch.autograd.gradcheck(lambda *t: sparta_gate(*t, share=share, backend=backend), inputs)
+    fast = interpreted(backend)
+    assert torch.autograd.gradcheck(lambda *t: sparta_gate(*t, share=share, backend=backend), inputs, fast_mode=fast)
 
 
 @gradient_cases

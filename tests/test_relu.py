@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import FLOATS, LAYOUTS, assert_same_bits, here, lay, random
+from cases import FLOATS, LAYOUTS, assert_same_bits, here, lay, random, thread_counts
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -233,11 +233,7 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(function, inplace, monkeypa
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_every_element_is_written_and_none_beside(backend, guarded, monkeypatch, dtype):
-    if backend == "triton":
-        from sparta_kernels.backends.triton import relu_plan
-
-        monkeypatch.setattr(relu_plan, "torch", guarded.__self__)
+def test_every_element_is_written_and_none_beside(backend, guarded, dtype):
     for shape in SHAPES:
         a, b, g, h = (random(torch.Generator().manual_seed(i), *shape).to(dtype) for i in range(4))
         a = leaf(a)
@@ -254,7 +250,7 @@ def test_the_same_for_any_number_of_threads_and_every_time(backend, elements):
     a, b, g, h = (values(i, (elements,), torch.float32) for i in range(4))
     a = leaf(a)
     want, gradient = torchs(a, b, g + h)
-    for threads in (1, 2, 3, 2):
+    for threads in (*thread_counts(backend), 1):
         torch.set_num_threads(threads)
         outputs = add_relu_fork(a, b, backend=backend)
         assert_y(outputs[0].detach(), want, backend)
