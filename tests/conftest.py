@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +47,7 @@ settings.register_profile("mutants", settings.get_profile("quick"), phases=[Phas
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 EMULATED = "emulated-cuda"  # the CUDA kernels, run by tests/emulator
 
 
@@ -139,6 +142,20 @@ def one_thread() -> Iterator[None]:
     """A module's tests have one thread: more only cost time on what is small, the more so where cores are shared."""
     with cases.one_thread():
         yield
+
+
+class _Modules(dict[str, ModuleType]):
+    def __missing__(self, name: str) -> ModuleType:
+        self[name] = importlib.import_module(name)
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[Mapping[str, ModuleType]]:
+    """The modules of benchmarks/ by name, imported as its programs import each other."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield _Modules()
+    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture

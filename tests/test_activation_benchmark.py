@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +10,6 @@ import torch
 from sparta_kernels import backends
 from sparta_kernels.nn.frozen_sparta import FrozenSparta
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-NAMES = ("activation", "activation_candidates", "gates", "memory", "ops", "training_step")
 TINY = (
     "--shape",
     "3,8,4,4",
@@ -28,13 +23,6 @@ TINY = (
     "--allocator",
     "default",
 )
-
-
-@pytest.fixture(scope="module")
-def modules():
-    sys.path.insert(0, str(FOLDER))
-    yield {name: importlib.import_module(name) for name in NAMES}
-    sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,24 +12,7 @@ import torch
 
 from sparta_kernels import backends
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-NAMES = (
-    "attack",
-    "attack_breakdown",
-    "attack_candidates",
-    "attack_options",
-    "attack_report",
-    "attack_sides",
-    "other_process",
-)
 TINY = ("--batch", "2", "--width", "4", "--steps", "3", "--rounds", "3", "--threads", "1")
-
-
-@pytest.fixture(scope="module")
-def modules():
-    sys.path.insert(0, str(FOLDER))
-    yield {name: importlib.import_module(name) for name in NAMES}
-    sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import platform
@@ -10,27 +9,14 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import BENCHMARKS
 
 from sparta_kernels import report
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--shape", "2,4,4,4", "3,2,5,1", "--inputs", "2", "--seconds", "0.001"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_path():
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-
-
-@pytest.fixture(scope="module")
-def modules(_on_path):
-    return {name: importlib.import_module(name) for name in ("bars", "gates", "ops", "small", "timing")}
 
 
 @pytest.fixture
@@ -192,7 +178,7 @@ def test_the_command(tmp_path):
         candidates.append("compile")
     arguments = [*TINY[:2], *TINY[3:], "--quick", "--threads", "1", "--json", str(path)]
     run = subprocess.run(
-        [sys.executable, str(FOLDER / "ops.py"), *arguments, "--candidates", *candidates],
+        [sys.executable, str(BENCHMARKS / "ops.py"), *arguments, "--candidates", *candidates],
         capture_output=True,
         text=True,
         timeout=300,

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from sparta_kernels.backends.choices import Row, read
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def choices():
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module("choices")
-    sys.path.remove(str(FOLDER))
+def choices(modules):
+    return modules["choices"]
 
 
 def measured(shape, native, triton, **named):

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
-import sys
 import time
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from sparta_kernels import backends
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-NAMES = ("attack", "bars", "device_timing", "gates", "ops", "sanitize_ops", "small", "tables")
-
 CEILINGS = {"copy_gb_per_s": 2000.0, "matmul_tflops": 600.0, "empty_launch_us": 1.5}
-
-
-@pytest.fixture(scope="module")
-def modules():
-    sys.path.insert(0, str(FOLDER))
-    yield {name: importlib.import_module(name) for name in NAMES}
-    sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -13,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import BENCHMARKS
 
 from sparta_kernels.backends import choices
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 STEPS = ["build", "test", "sanitize", "ops", "attack", "rivals", "batches", "training", "activation", "choices"]
 
 
@@ -28,7 +27,7 @@ def rehearsal(tmp_path_factory):
     """One `--dry-run`: the folder, the process, its suite.json."""
     folder = tmp_path_factory.mktemp("suite") / "out"
     done = subprocess.run(
-        [sys.executable, FOLDER / "device_suite.py", "--dry-run", "--out", folder],
+        [sys.executable, BENCHMARKS / "device_suite.py", "--dry-run", "--out", folder],
         cwd=folder.parent,
         capture_output=True,
         text=True,
@@ -112,13 +111,6 @@ def test_rehearsal_covers_triton_where_it_is(rehearsal):
 
 
 # ---- with other steps --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def modules():
-    sys.path.insert(0, str(FOLDER))
-    yield {name: importlib.import_module(name) for name in ("device_suite", "origin", "suite_runner", "suite_steps")}
-    sys.path.remove(str(FOLDER))
 
 
 class Suite:

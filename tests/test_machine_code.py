@@ -4,13 +4,9 @@ import math
 import shutil
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import machine_code
 
 RESOURCES = """
 Fatbin elf code:
@@ -56,7 +52,12 @@ SASS = """
 
 
 @pytest.fixture
-def tool(tmp_path, monkeypatch) -> Path:
+def machine_code(modules):
+    return modules["machine_code"]
+
+
+@pytest.fixture
+def tool(machine_code, tmp_path, monkeypatch) -> Path:
     """A cuobjdump that says the above of whatever file."""
     path = tmp_path / "cuobjdump"
     path.write_text(
@@ -68,7 +69,7 @@ def tool(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.usefixtures("tool")
-def test_resources_and_spills():
+def test_resources_and_spills(machine_code):
     copy, spilling = machine_code.read(Path("any"))
     assert (copy.name, copy.arch, copy.registers, copy.stack, copy.shared, copy.local) == ("copy", 90, 30, 0, 2048, 0)
     assert (spilling.registers, spilling.stack, spilling.local, spilling.spills) == (255, 16, 8, 2)
@@ -77,7 +78,7 @@ def test_resources_and_spills():
 
 
 @pytest.mark.usefixtures("tool")
-def test_the_bytes_of_the_innermost_loop():
+def test_the_bytes_of_the_innermost_loop(machine_code):
     copy, spilling = machine_code.read(Path("any"))
     assert [hex(i.address) for i in (copy.main_loop[0], copy.main_loop[-1])] == ["0x30", "0x90"]
     traffic = copy.traffic(itemsize=2)
@@ -90,13 +91,13 @@ def test_the_bytes_of_the_innermost_loop():
     assert math.isnan(machine_code.Code("", 90, 1, 0, 0, 0).traffic(4).loaded)
 
 
-def test_without_a_disassembler(monkeypatch):
+def test_without_a_disassembler(machine_code, monkeypatch):
     monkeypatch.setattr(machine_code, "disassembler", lambda: None)
     with pytest.raises(RuntimeError, match="cuobjdump was not found: install"):
         machine_code.read(Path("any"))
 
 
-def test_a_file_that_is_no_binary(tmp_path):
+def test_a_file_that_is_no_binary(machine_code, tmp_path):
     if machine_code.disassembler() is None:
         pytest.skip("no cuobjdump")
     (tmp_path / "x.cubin").write_text("none")
@@ -104,7 +105,7 @@ def test_a_file_that_is_no_binary(tmp_path):
         machine_code.read(tmp_path / "x.cubin")
 
 
-def test_what_nvcc_makes_of_a_copy(tmp_path):
+def test_what_nvcc_makes_of_a_copy(machine_code, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None or machine_code.disassembler() is None:
         pytest.skip("no nvcc, or no cuobjdump")

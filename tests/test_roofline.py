@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from conftest import BENCHMARKS
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 CPU = {"type": "cpu", "name": "A CPU", "threads": 2}
 GPU = {"type": "cuda", "name": "A GPU"}
 
 
 @pytest.fixture(scope="module")
-def roofline():
+def roofline(modules):
     pytest.importorskip("matplotlib")
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module("roofline")
-    sys.path.remove(str(FOLDER))
+    return modules["roofline"]
 
 
 def cell(size, rates, dtype="fp32", direction="forward"):
@@ -64,7 +59,7 @@ def test_it_is_drawn(roofline, tmp_path, ending):
 
 
 def test_committed_results_can_be_drawn(roofline, tmp_path):
-    (folder,) = (FOLDER / "results").glob("amd-*")
+    (folder,) = (BENCHMARKS / "results").glob("amd-*")
     out = tmp_path / "roof.png"
     files = [str(folder / name) for name in ("ops.json", "ops-large-batches.json")]
     assert roofline.main([*files, "--out", str(out)]) == 0

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import stat
 import sys
 import time
-from pathlib import Path
 
 import pytest
-
-NAMES = ("origin", "suite_checks", "suite_measurements", "suite_report", "suite_runner")
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def modules():
-    sys.path.insert(0, str(FOLDER))
-    yield {name: importlib.import_module(name) for name in NAMES}
-    sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import sys
 from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
 import torch
 
 from sparta_kernels import data
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ("--width", "2", "--steps", "2", "--rounds", "2", "--threads", "1", "--batch", "4")
-
-
-@pytest.fixture(scope="module")
-def modules():
-    sys.path.insert(0, str(FOLDER))
-    yield {name: importlib.import_module(name) for name in ("training", "training_eager", "adversarial_digits")}
-    sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture(scope="module")
