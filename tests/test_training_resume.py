@@ -178,7 +178,9 @@ training.train(settings, sys.argv[1], save_every=1e-9, on_batch=lambda _: print(
     assert contents(path) == expected
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("of the GPU")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("of the GPU"), SystemExit("nobody reads")]
+)
 def test_whole_steps_are_stored_when_something_else_ends_them(tmp_path, whole, monkeypatch, error):
     settings, path = Settings(**TINY), tmp_path / "run.safetensors"
     perturb, calls = step.attack.perturb, []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import typer
 
@@ -14,6 +14,16 @@ from . import options
 
 # Options of one call, not of the run.
 _NOT_CONFIGURED = {"config", "resume", "overwrite", "json", "help"}
+
+# What an entry may be, in words and types, by its option's type. Text is then checked as it is on the command line.
+_TEXT = ("a string", (str,))
+_KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
+    bool: ("true or false", (bool, str)),
+    int: ("an integer", (int, str)),
+    int | None: ("an integer", (int, str)),
+    float: ("a number", (int, float, str)),
+    Any: ("a number, a string or a list", (int, float, str, list)),
+}
 
 
 def configure(context: typer.Context, path: Path | None) -> Path | None:
@@ -29,6 +39,11 @@ def configure(context: typer.Context, path: Path | None) -> Path | None:
             entries = training.read_config(path, known)
         except (training.ConfigError, OSError) as error:
             raise typer.BadParameter(str(error)) from error
+        types = get_type_hints(context.command.callback)
+        for name, value in entries.items():
+            words, kinds = _KINDS.get(types[str(parameters[name])], _TEXT)
+            if type(value) not in kinds:
+                raise typer.BadParameter(f"{path}: {name} must be {words}, got {value!r}")
         context.default_map = {str(parameters[name]): _as_typed(value) for name, value in entries.items()}
     return path
 

@@ -40,8 +40,13 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     Raises:
         OSError: it cannot be written; the old file, if any, is untouched.
     """
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        if error.strerror is None:  # it says so already
+            raise
+        raise type(error)(f"cannot write {path}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -160,7 +160,9 @@ def train(
                 store()
                 if on_epoch is not None:
                     on_epoch(run.history[-1])
-        except (KeyboardInterrupt, OSError, RuntimeError, MemoryError) as error:  # not what says that it diverged
+        except (ArithmeticError, ValueError):  # what says that it diverged: the last good checkpoint is kept
+            raise
+        except BaseException as error:
             with uninterrupted():  # a second one may come
                 keep_whole_steps(error)
             raise
