@@ -87,6 +87,15 @@ def test_an_interrupted_epoch_is_done_again(path, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.parametrize(("train_images", "test_images"), [(0, 10), (1, 10), (10, 0)])
+def test_data_without_images(path, monkeypatch, train_images, test_images):
+    counts, load = {"train": train_images, "test": test_images}, data.load
+    monkeypatch.setattr(data, "load", lambda *args: tuple(part[: counts[args[2]]] for part in load(*args)))
+    with pytest.raises(ValueError, match=f"training: data must have .* got {train_images} and {test_images} of digits"):
+        train(Settings(**TINY), path)
+    assert not path.exists()
+
+
 def test_seed_decides_the_weights(tmp_path):
     runs = []
     for number, seed in enumerate([0, 0, 1]):

@@ -306,7 +306,16 @@ def test_positions_that_are_none(tmp_path):
     with safe_open(str(path), framework="pt") as file:
         header = file.metadata()
     tensors = load_file(path)
-    for changes in ({"position": {"step": -1}}, {"position": {"step": 0.5}}, {"position": {"x": 1}}, {"epoch": 3}):
+    epoch = json.loads(header["metadata"])["history"][0]
+    for changes in (
+        {"position": {"step": -1}},
+        {"position": {"step": 0.5}},
+        {"position": {"x": 1}},
+        {"position": {"step": 1, "loss": "x", "seconds": 1}},
+        {"position": {"step": 1}},
+        {"epoch": 3},
+        {"history": [epoch | {"loss": "x"}]},
+    ):
         metadata = json.loads(header["metadata"]) | changes
         save_file(tensors, path, header | {"metadata": json.dumps(metadata)})
         with pytest.raises(CheckpointError, match="history is damaged"):

@@ -105,6 +105,11 @@ def train(
 
     images, labels = (part.to(device) for part in data.load(settings.data, root, "train"))
     tests = [part.to(device) for part in data.load(settings.data, root, "test")]
+    if len(images) < 2 or not len(tests[0]):
+        raise ValueError(
+            f"training: data must have at least 2 training images and a test image, got {len(images)} and "
+            f"{len(tests[0])} of {settings.data}"
+        )
     processes = Processes(device)
     run = Run(settings, device, previous)
     trainer = Trainer(run, images, labels, processes)

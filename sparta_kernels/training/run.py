@@ -7,9 +7,10 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from itertools import chain
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -224,6 +225,10 @@ def recorded(metadata: dict[str, Any]) -> tuple[list[Epoch], Position]:
         raise ValueError(f"{len(history)} epochs, of {metadata['epoch']}")
     if not isinstance(position.step, int) or position.step < 0:
         raise ValueError(f"step {position.step!r}")
+    numbers = [*astuple(position), *chain.from_iterable(map(astuple, history))]
+    wrong = [number for number in numbers if not isinstance(number, (int, float, NoneType))]
+    if wrong or (position.step and not position.seconds > 0):
+        raise ValueError(f"{wrong[0]!r} for a number" if wrong else f"{position.seconds} seconds")
     return history, position
 
 
