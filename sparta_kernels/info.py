@@ -10,6 +10,7 @@ import torch
 from sparta_kernels import backends
 from sparta_kernels._version import __version__
 from sparta_kernels.backends import choices, extension
+from sparta_kernels.backends.choices import Choice
 from sparta_kernels.ops.attention_kernels import fused_backend
 from sparta_kernels.ops.checks import FLOATS
 
@@ -40,7 +41,7 @@ def _cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _attention(kind: str) -> backends.Choice:
+def _attention(kind: str) -> Choice:
     """What `auto` takes for bfloat16, and what it takes for each dtype as the reason."""
     found = {}
     for dtype in FLOATS:
@@ -50,7 +51,7 @@ def _attention(kind: str) -> backends.Choice:
             backend, why = "", str(error).partition("\n")[0]
         found[str(dtype).removeprefix("torch.")] = (backend, "its kernels") if backend else ("reference", why)
     reason = "; ".join(f"{dtype}: {backend} ({why})" for dtype, (backend, why) in found.items())
-    return backends.Choice(found["bfloat16"][0], reason)
+    return Choice(found["bfloat16"][0], reason)
 
 
 def build_info() -> dict[str, Any]:

@@ -204,7 +204,8 @@ def combinations(dtype: torch.dtype, small: torch.dtype) -> list[Tensor]:
 def test_nan_inf_and_zeros_travel_as_in_the_reference(backend, dtype, extents, layout):
     """Every combination in a sample of its own, so that each sum is over copies of one term."""
     small = torch.float64 if dtype == torch.float64 else torch.float32
-    x, gy, spatial, channel, kernel = combinations(dtype, small)
+    thinned = slice(None, None, 7 if interpreted(backend) and extents != (1, 1, 1) else 1)  # each value meets each
+    x, gy, spatial, channel, kernel = (t[thinned] for t in combinations(dtype, small))
     # Where phi rounds to 1, torch takes 1 - phi as 0, and an infinite gy * x times that as NaN. Here 1 - phi is what it
     # is, and the gradient of a factor infinite; in neither is it finite.
     saturated = (x * gy).isinf() & (x > 0) & (torch.sigmoid(kernel * spatial * channel) == 1)

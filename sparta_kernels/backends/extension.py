@@ -12,12 +12,14 @@ from torch import Tensor
 from sparta_kernels.backends.layout import Rows
 
 try:
-    from sparta_kernels import _native as kernels  # noqa: F401
+    from sparta_kernels import _native
 except ImportError as error:
     raise ImportError(
         "sparta_kernels is not installed correctly: its compiled module sparta_kernels._native could not be loaded "
         f"({error}). Install the package with `pip install .` from its source folder, and run from another folder"
     ) from error
+
+kernels = _native
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 

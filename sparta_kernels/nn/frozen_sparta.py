@@ -10,7 +10,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..backends.layout import is_gapless
-from ..ops.attention import AttentionWeights, Packed, activate, fused_backend, pack
+from ..ops.attention import activate
+from ..ops.attention_kernels import AttentionWeights, Packed, fused_backend, pack
 from ..ops.relu import add_relu, add_relu_fork
 from .frozen import Form, freeze
 from .gating import conv5_and_gate

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..ops.attention import AttentionWeights, fused_backend
+from ..ops.attention_kernels import AttentionWeights, fused_backend
 from .frozen import has_hooks, scale_and_shift
 
 if TYPE_CHECKING:

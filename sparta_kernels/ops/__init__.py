@@ -1,6 +1,7 @@
 """The operations: one file each, with its schema, checks, fake, autograd and documentation."""
 
-from sparta_kernels.ops.attention import AttentionWeights, sparta_activation, sparta_attention
+from sparta_kernels.ops.attention import sparta_activation, sparta_attention
+from sparta_kernels.ops.attention_kernels import AttentionWeights
 from sparta_kernels.ops.conv import dynamic_conv
 from sparta_kernels.ops.dyrelu import dyrelu
 from sparta_kernels.ops.gate import sparta_gate

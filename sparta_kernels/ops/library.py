@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 _library = torch.library.Library("sparta_kernels", "DEF")
 
@@ -202,7 +203,7 @@ def eager() -> bool:
 
 def untraced() -> bool:
     """The same, and neither torch.jit.trace nor forward-mode AD: nobody who has to see plain PyTorch is looking."""
-    return eager() and not torch.jit.is_tracing() and torch.autograd.forward_ad._current_level < 0
+    return eager() and not is_tracing() and torch.autograd.forward_ad._current_level < 0
 
 
 def asked(ctx: Any, first: int, tensors: Sequence[Tensor | None]) -> list[bool]:
