@@ -1,4 +1,10 @@
-"""SPARTA at the price of ReLU: fused kernels, autograd operations, and projected gradient descent for robust CNNs."""
+"""The SPARTA activation as fused kernels, and a fast PGD attack to train and test robust networks with.
+
+The operations are here; `nn`, `attack`, `data`, `training`, `evaluation`, `report` and `papers` are packages that load
+when they are first used. docs/api.md lists all public names.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 try:
     import torch as _torch  # noqa: F401
@@ -25,6 +31,9 @@ from sparta_kernels.ops import (
     swish_relu,
 )
 
+if TYPE_CHECKING:
+    from sparta_kernels import attack, data, evaluation, nn, papers, report, training  # noqa: F401
+
 __all__ = [
     "AttentionWeights",
     "__version__",
@@ -41,3 +50,17 @@ __all__ = [
     "swish_relu",
     "use_backend",
 ]
+
+_PACKAGES = ("attack", "data", "evaluation", "nn", "papers", "report", "training")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PACKAGES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PACKAGES})
