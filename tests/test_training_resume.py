@@ -284,6 +284,17 @@ def test_ruined_weights_are_not_stored_between_epochs(tmp_path, monkeypatch):
     assert steps_done(path) == (0, 1)
 
 
+def test_weights_that_only_the_test_shows_are_ruined(tmp_path, monkeypatch):
+    """They are finite, but what they make of an image is not."""
+    path, rate = tmp_path / "run.safetensors", step.learning_rate
+    monkeypatch.setattr(step, "learning_rate", lambda *place: 1e30 if place[1] == 7 else rate(*place))
+    with pytest.raises(
+        TrainingDiverged, match=r"test after an epoch: the network's logits are not finite for \d+ of 50"
+    ):
+        train(Settings(**TINY | {"attack": "none"}), path)
+    assert steps_done(path) == (1, 0)
+
+
 def test_a_stop_after_an_epochs_last_step(tmp_path, whole, monkeypatch):
     settings, path = Settings(**TINY), tmp_path / "run.safetensors"
 

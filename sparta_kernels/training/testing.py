@@ -52,18 +52,25 @@ class Tester:
         return clean, self._error(self._robust_images, self._predicted_under_attack) if self._robust_images else None
 
     def _error(self, count: int, predicted: Callable[[Tensor, Tensor], Tensor]) -> float:
-        wrong = torch.zeros(1, dtype=torch.int64, device=self._images.device)
+        counts = torch.zeros(2, dtype=torch.int64, device=self._images.device)  # wrong, and not finite
         indices = torch.arange(count, device=self._images.device)
         batches = indices.split(self._settings.batch_size)
         mine = self._processes.share(batches)
         for i in range(math.ceil(len(batches) / self._processes.count)):  # as often in all processes
             for rows in mine[i : i + 1]:
-                wrong += (predicted(self._images[rows].float() / 255, rows) != self._labels[rows]).sum()
+                classes = predicted(self._images[rows].float() / 255, rows)
+                counts += torch.stack([(classes != self._labels[rows]).sum(), (classes < 0).sum()])
             self._processes.leave_if_interrupted()
-        return self._processes.sums(wrong)[0] / count
+        wrong, bad = self._processes.sums(counts)
+        if bad:
+            told = f"the network's logits are not finite for {bad:.0f} of {count} images"
+            raise TrainingDiverged(f"training: in the test after an epoch: {told}")
+        return wrong / count
 
     def _predicted(self, x: Tensor, _: Tensor) -> Tensor:
-        return self._prepared.exact(x).argmax(1)
+        """Classes; -1 where logits are not finite."""
+        logits = self._prepared.exact(x)
+        return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
     def _predicted_under_attack(self, x: Tensor, rows: Tensor) -> Tensor:
         preset = self._preset
