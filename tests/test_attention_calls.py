@@ -326,6 +326,15 @@ def test_a_backend_says_why_it_cannot_take_x():
         sparta_activation(x, weights)
 
 
+def test_the_default_device_does_not_matter(cpu_backend):
+    """Weights are packed where they are."""
+    x, weights = CASE.inputs()
+    want = sparta_activation(x, weights, backend=cpu_backend)
+    with torch.device("meta"):
+        got = sparta_activation(x, weights, backend=cpu_backend)
+    assert_same_bits(got, want)
+
+
 def test_an_empty_batch():
     x, weights = ActivationCase((0, 5, 4, 4), 9, torch.float32).leaves()
     y = sparta_activation(x, weights, backend="native")

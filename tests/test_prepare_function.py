@@ -44,6 +44,29 @@ def test_sparta_folds_itself(options):
     assert not any(isinstance(m, (nn.BatchNorm2d, Sparta)) for m in prepared.modules())
 
 
+class Between(nn.Module):
+    """A sum, then a write into what it was made of, and then the activation of the sum."""
+
+    def __init__(self, activation, other):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+        self.activation, self.other = activation, other
+
+    def forward(self, x):
+        a, b = self.conv1(x), self.conv2(x)
+        total = a + b
+        c = self.other(b)
+        return (self.activation(total) + c).mean((2, 3))
+
+
+@pytest.mark.parametrize("other", [nn.ReLU6(inplace=True), nn.ReLU(inplace=True), nn.ReLU6()], ids=str)
+@pytest.mark.parametrize("activation", [nn.ReLU, lambda: Sparta(8)], ids=["relu", "sparta"])
+def test_a_sum_is_not_made_after_its_parts_are_overwritten(activation, other):
+    torch.manual_seed(0)
+    prepared = assert_same_function(settle(Between(activation(), other)), images_of())
+    assert prepared.report.sums == (0 if other.inplace else 1)
+
+
 # ---- what a tracer does not see -------------------------------------------------------------------------------
 
 

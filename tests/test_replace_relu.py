@@ -136,6 +136,12 @@ def test_ours_becomes_the_resnet_with_sparta():
     assert torch.equal(model.eval()(x), want.eval()(x))
 
 
+def test_a_model_elsewhere_than_on_the_default_device():
+    model = net()
+    with torch.device("meta"):
+        assert replace_relu(model, "leaky-relu").replaced
+
+
 @pytest.mark.parametrize("where", ["last-of-group", "last-of-block"])
 def test_a_module_called_twice_changes_at_its_last_call(where):
     model, x = net(), torch.randn(2, 4, 5, 5)

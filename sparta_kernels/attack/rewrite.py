@@ -268,7 +268,7 @@ class _Rewriter:
             if read is None or (writes_input(node, self.named) and not self._own(read)):
                 continue
             operands: tuple[Any, ...] = (read,)
-            summed = is_sum(read) and len(read.users) == 1
+            summed = is_sum(read) and len(read.users) == 1 and self._nothing_is_written(read, node)
             summed = summed and (not writes_input(read, self.named) or self._own(read.args[0]))
             if summed:
                 operands = tuple(read.args)
@@ -306,6 +306,8 @@ class _Rewriter:
                 continue
             if writes_input(read, self.named) and not self._own(read.args[0]):  # type: ignore[arg-type, union-attr]
                 continue
+            if not self._nothing_is_written(read, node):  # type: ignore[arg-type]
+                continue
             a, b = read.args if self._fresh(read.args[0]) else read.args[::-1]  # type: ignore[union-attr]
             if self._fresh(a):
                 node.args = (a, b)
@@ -333,6 +335,13 @@ class _Rewriter:
             built = self.built.get(str(node.target))
             return isinstance(built, (FrozenConv, *_POOLING)) or getattr(built, "forks", False)
         return is_sum(node) or is_relu(node, self.named) or node.target in (relu_of_sum, relu_of_sum_fork, *_READERS)
+
+    def _nothing_is_written(self, first: fx.Node, last: fx.Node) -> bool:
+        """Whether no node between the two writes in place: what the first one computes, the last one then could."""
+        node = first.next
+        while node is not last and not writes_input(node, self.named):
+            node = node.next
+        return node is last
 
     def _own(self, node: Any) -> bool:
         """Whether one node alone reads the output, and it is no view of anything, so that a write into it is unseen."""

@@ -274,7 +274,7 @@ def pack_attention(weights: AttentionWeights, dtype: torch.dtype) -> list[Tensor
     padded = _padded(hidden)
 
     def both_ways(rows: int, columns: int, dtype: torch.dtype, *parts: Tensor | None) -> tuple[Tensor, Tensor]:
-        whole = torch.zeros(rows, columns, dtype=dtype)
+        whole = torch.zeros(rows, columns, dtype=dtype, device=weights.w4.device)
         for i, part in enumerate(parts):
             if part is None:
                 return whole.new_empty(0), whole.new_empty(0)
@@ -283,7 +283,7 @@ def pack_attention(weights: AttentionWeights, dtype: torch.dtype) -> list[Tensor
         return tuple(map(products.in_pairs, ways)) if dtype == torch.bfloat16 else ways  # type: ignore[return-value]
 
     def vector(*parts: Tensor | None, end: Tensor | None = None) -> Tensor:
-        whole = torch.zeros(len(parts) * padded + (end is not None), dtype=work)
+        whole = torch.zeros(len(parts) * padded + (end is not None), dtype=work, device=weights.w4.device)
         for i, part in enumerate(parts):
             if part is not None:
                 whole[i * padded : i * padded + part.numel()] = part

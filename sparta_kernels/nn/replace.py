@@ -188,7 +188,7 @@ def _observed(model: nn.Module, example: Tensor | None) -> tuple[Tensor, tuple[l
         raise ValueError("replace_relu: example must be given: the model has no torch.nn.Conv2d")
     for size in _SIZES:
         generator = torch.Generator().manual_seed(0)
-        images = torch.rand(1, conv.in_channels, size, size, generator=generator).to(conv.weight)
+        images = torch.rand(1, conv.in_channels, size, size, generator=generator, device="cpu").to(conv.weight)
         try:
             return images, observe(model, images)
         except Exception as error:  # whatever a model makes of images of the wrong size

@@ -26,7 +26,7 @@ class _FrozenConvolution(Function):
         # Of the input torch looks at shape, dtype and memory format alone when only its gradient is wanted. On a CPU it
         # makes it dense first: memory that nobody has written costs nothing. On a GPU it need not be there at all.
         if grad.device.type == "cpu":
-            like = torch.empty_strided(ctx.shape, ctx.stride, dtype=grad.dtype)
+            like = torch.empty_strided(ctx.shape, ctx.stride, dtype=grad.dtype, device=grad.device)
         else:
             like = grad.new_empty(1).expand(ctx.shape)
         wanted = [True, False, False]
