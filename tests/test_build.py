@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -66,6 +67,25 @@ def test_wheel_is_complete_and_works(wheel: Path, tmp_path: Path) -> None:
     site = str(tmp_path / "site")
     used = run([sys.executable, "-c", code.format(site=site)], tmp_path, PYTHONPATH=site)
     assert used.returncode == 0, used.stderr
+
+
+def test_source_archive_is_all_that_the_makefile_needs(tmp_path: Path) -> None:
+    """The tests' helpers too: setuptools would pack tests/test_*.py alone."""
+    listed = run(["git", "ls-files"], ROOT)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split():  # without what was built in the checkout
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tmp_path / name)
+    code = "import setuptools.build_meta as made; print(made.build_sdist('dist'))"
+    made = run([sys.executable, "-c", code], tmp_path)
+    assert made.returncode == 0, made.stdout + made.stderr
+    with tarfile.open(next((tmp_path / "dist").glob("*.tar.gz"))) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {name for name in listed.stdout.split() if not name.startswith(".") and (ROOT / name).exists()}
+    assert wanted <= packed, wanted - packed
+    assert not any(name.endswith((".so", ".pyc")) for name in packed)
 
 
 def test_builds_again_where_it_was_built(source: Path, wheel: Path, tmp_path: Path) -> None:

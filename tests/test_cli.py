@@ -117,6 +117,18 @@ def test_runs_as_a_program(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("gpus", "words"),
+    [(0, "must be cpu: torch 2.13.0 finds no GPU here, got"), (2, "must be cpu, cuda:0, cuda:1, got")],
+)
+def test_a_device_that_is_not_there_is_told_from_those_that_are(checkpoint, capsys, monkeypatch, gpus, words):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    code, err = one_line(["evaluate", checkpoint, "--device", "cuda:2"], capsys)
+    assert code == 2
+    assert f"Invalid value for --device: {words} 'cuda:2'" in err
+
+
+@pytest.mark.parametrize(
     ("name", "rank", "expected"), [("cuda", None, 0), ("cuda:1", None, 1), ("cuda", 1, 1), ("cuda:1", 1, None)]
 )
 def test_the_device_is_made_the_current_one(monkeypatch, name, rank, expected):

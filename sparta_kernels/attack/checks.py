@@ -154,9 +154,11 @@ def device(where: str, value: object) -> torch.device:
         raise ValueError(f"{allowed}, got {value!r}") from None
     if found.type not in ("cpu", "cuda"):
         raise ValueError(f"{allowed}, got {value!r}")
-    count = 1 if found.type == "cpu" else torch.cuda.device_count()
-    if (found.index or 0) >= count:
-        raise ValueError(f"{where}: device must be on this machine, got {value!r}")
+    count = torch.cuda.device_count()
+    if (found.index or 0) >= (1 if found.type == "cpu" else count):
+        there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])
+        why = "" if count else f": torch {torch.__version__} finds no GPU here"
+        raise ValueError(f"{where}: device must be {there}{why}, got {value!r}")
     return found
 
 
