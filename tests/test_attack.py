@@ -126,6 +126,13 @@ def test_default_report(model, images, labels, steps, expected):
     assert result.losses.shape == (steps + 1, 2)
 
 
+def test_a_result_in_a_notebook_is_one_line(model, images, labels):
+    found = pgd(model, images, labels, eps=0.1, step_size=0.02, steps=2, report_at=(1, 2))
+    assert repr(found) == (
+        "PGDResult(targeted, adversarial=(10, 3, 9, 7), predictions at 1, 2, losses=(3, 10), engine=eager)"
+    )
+
+
 def test_report_at_equals_separate_runs(model, images, labels):
     long = pgd(model, images, labels, eps=0.2, step_size=0.03, steps=8, report_at=[0, 3, 8])
     assert list(long.predictions) == [0, 3, 8]

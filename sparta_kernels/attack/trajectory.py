@@ -42,6 +42,13 @@ class PGDResult:
     losses: Tensor
     engine: Engine
 
+    def __repr__(self) -> str:  # not the pixels
+        kind = "untargeted" if self.targets is None else "targeted"
+        return (
+            f"PGDResult({kind}, adversarial={tuple(self.adversarial.shape)}, predictions at "
+            f"{', '.join(map(str, self.predictions))}, losses={tuple(self.losses.shape)}, engine={self.engine.name})"
+        )
+
 
 class NotFinite(ValueError):
     """A model's logits or gradients are NaN or infinite."""
