@@ -7,13 +7,14 @@ import signal
 import threading
 
 import pytest
-from terminal import TRAIN, _few_images, _one_thread, one_line, run, store_network  # noqa: F401 (fixtures)
+from terminal import TRAIN, one_line, run, store_network
 
 from sparta_kernels import papers, training
 from sparta_kernels.evaluation import batches
 from sparta_kernels.interrupts import as_ctrl_c, uninterrupted
 from sparta_kernels.training import step
 
+pytestmark = pytest.mark.usefixtures("one_thread", "few_images")
 SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 
 
