@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import pickle
 import resource
 import sys
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from sparta_kernels.attack import pgd
+from sparta_kernels.data import files
 from sparta_kernels.evaluation import Outcomes, OutcomesError, evaluate, outcomes
 from sparta_kernels.evaluation.digest import model_digest
 from sparta_kernels.nn import Sparta
@@ -396,7 +396,7 @@ def test_that_nothing_can_be_written_is_said_once(model, images, labels, path, m
 
     def lock(progress):
         if progress.images == 4:
-            monkeypatch.setattr(pathlib.Path, "touch", refuse)
+            monkeypatch.setattr(files, "_create", refuse)
 
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")

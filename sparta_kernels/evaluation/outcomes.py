@@ -115,12 +115,7 @@ class Outcomes:
         named: dict[str, Any] = {"format": np.str_(FORMAT), "settings": np.str_(settings)} | self.arrays
         # Without compression: losses hardly shrink, and this is done after every batch.
         np.savez(content, **named)
-        try:
-            write_atomically(path, content.getvalue())
-        except OSError as error:
-            if error.strerror is None:  # it says so itself
-                raise
-            raise type(error)(f"cannot write {path}: {error.strerror}") from error
+        write_atomically(path, content.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Outcomes:
