@@ -4,17 +4,38 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+from ._version import __version__
 from .commands import data, evaluate, info, options, reproduce, train
 from .interrupts import as_ctrl_c
 from .memory import keep_freed_memory
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
+_HELP = "Train, attack and evaluate robust networks with the SPARTA activation."
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=_HELP)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sparta {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(info.info)
 app.command(cls=options.Grouped)(train.train)
-app.command()(evaluate.evaluate)
+app.command(cls=options.Grouped)(evaluate.evaluate)
 app.command()(reproduce.reproduce)
 app.add_typer(data.app, name="data")
 

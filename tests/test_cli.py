@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import typer
 from terminal import TRAIN, one_line, run, store_network
 from torch._inductor.exc import InductorError
 
+import sparta_kernels
 from sparta_kernels import cli, evaluation, report, training
 from sparta_kernels.commands import launch, options
 
@@ -32,6 +34,31 @@ def test_info(tmp_path):
     assert json.loads((tmp_path / "info.json").read_text())["versions"]["torch"] == torch.__version__
     printed = run("info", "--json", "-")
     assert json.loads(printed.stdout)["versions"]["torch"] == torch.__version__
+
+
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"sparta {sparta_kernels.__version__}\n")
+
+
+def test_help_shows_every_command_s_summary_whole():
+    assert "..." not in run("--help").stdout.split("Commands:")[1]
+    for command, argument in [("train", "CHECKPOINT"), ("evaluate", "CHECKPOINTS"), ("reproduce", "EXPERIMENTS")]:
+        assert re.search(rf"sparta {command} \[OPTIONS\] \W?{argument}", run(command, "--help").stdout)
+
+
+def test_help_of_evaluate_groups_its_options():
+    text = run("evaluate", "--help").stdout
+    shown = [
+        "\nImages:",
+        "  --limit",
+        "\nThe attack:",
+        "  --restarts",
+        "\nPrecision:",
+        "  --parity-images",
+        "\nThe machine:",
+    ]
+    assert sorted(shown, key=text.index) == shown
 
 
 def test_wrong_info_arguments(tmp_path, capsys):

@@ -21,13 +21,16 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Download da
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help=f"Data set: {', '.join(downloads.FILES)}.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"Data set: {', '.join(downloads.FILES)}.")],
     root: Annotated[Path, typer.Option(help="Folder to put its files into; made where there is none.")],
     url: Annotated[
         str | None, typer.Option(help="Take them from here instead: a folder with these files, or one of them.")
     ] = None,
 ) -> None:
-    """Download a data set's files, check them, and go on with what was cut off."""
+    """Download a data set's files and check them.
+
+    What was cut off goes on where it stopped.
+    """
     if name not in downloads.FILES:
         raise typer.BadParameter(f"must be one of {', '.join(downloads.FILES)}, got {name!r}", param_hint="NAME")
     with options.naming_the_option():

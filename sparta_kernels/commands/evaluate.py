@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,13 @@ from .options import DataName, Device, Eps, Json, Root, Seed, Threads
 _SECONDS_BETWEEN_LINES = 10
 
 
+_test_images = partial(typer.Option, rich_help_panel="Images")
+_attack = partial(typer.Option, rich_help_panel="The attack")
+_precision = partial(typer.Option, rich_help_panel="Precision")
+_machine = partial(typer.Option, rich_help_panel="The machine")
+_stored = partial(typer.Option, rich_help_panel="What is stored and shown")
+
+
 def _images(text: str) -> int | None:
     """A number of images, or None for "auto"."""
     try:
@@ -36,7 +44,9 @@ def _images(text: str) -> int | None:
 
 
 def evaluate(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Networks that `sparta train` stored.")],
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="CHECKPOINTS", help="Networks that `sparta train` stored.")
+    ],
     weights: Annotated[
         str,
         typer.Option(
@@ -45,14 +55,14 @@ def evaluate(
     ] = "auto",
     data_name: DataName = "digits",
     root: Root = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take only so many of the first test images.")] = None,
+    limit: Annotated[int | None, _test_images(min=1, help="Take only so many of the first test images.")] = None,
     preset: Annotated[
-        str, typer.Option(help=f"Which paper's step size: {', '.join(attack.PRESETS)} (1/255; max(1/255, eps/steps)).")
+        str, _attack(help=f"Which paper's step size: {', '.join(attack.PRESETS)} (1/255; max(1/255, eps/steps)).")
     ] = "sparta",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the attack.")] = 50,
+    steps: Annotated[int, _attack(min=1, help="Steps of the attack.")] = 50,
     report_at: Annotated[
         Any,
-        typer.Option(
+        _attack(
             parser=options.integers,
             metavar="STEPS",
             help="When errors are reported, rising; by default 10, 30, 50 as far as there are, and the last.",
@@ -61,45 +71,45 @@ def evaluate(
     eps: Eps = "16/255",
     step_size: Annotated[Any, options.pixels("Step of the attack, instead of the preset's")] = None,
     untargeted: Annotated[
-        bool, typer.Option("--untargeted", help="Drive images away from their class, not to another one.")
+        bool, _attack("--untargeted", help="Drive images away from their class, not to another one.")
     ] = False,
-    restarts: Annotated[
-        int, typer.Option(min=1, max=2**24, help="Attacks on each image, of which the worst counts.")
-    ] = 1,
+    restarts: Annotated[int, _attack(min=1, max=2**24, help="Attacks on each image, of which the worst counts.")] = 1,
     precision: Annotated[
-        str, typer.Option(help=f"Of the gradients: {', '.join(attack.PRECISIONS)}. Predictions are fp32.")
+        str, _precision(help=f"Of the gradients: {', '.join(attack.PRECISIONS)}. Predictions are fp32.")
     ] = "fp32",
-    engine: Annotated[str, typer.Option(help=f"What runs the attack: {', '.join(attack.ENGINES)}.")] = "auto",
+    engine: Annotated[str, _machine(help=f"What runs the attack: {', '.join(attack.ENGINES)}.")] = "auto",
     batch_size: Annotated[
         Any,
-        typer.Option(parser=_images, metavar="IMAGES", help="Images in a batch; auto: what memory holds and helps."),
+        _machine(parser=_images, metavar="IMAGES", help="Images in a batch; auto: what memory holds and helps."),
     ] = "auto",
     parity_images: Annotated[
-        int, typer.Option(min=0, help="First images on which another precision is compared with fp32; 0: none.")
+        int, _precision(min=0, help="First images on which another precision is compared with fp32; 0: none.")
     ] = 256,
     parity_tolerance: Annotated[
-        float, typer.Option(min=0, max=100, help="How far the errors may differ there, in percentage points.")
+        float, _precision(min=0, max=100, help="How far the errors may differ there, in percentage points.")
     ] = 1.0,
     backend: Annotated[
-        list[str] | None, typer.Option(help=f"What computes, once for each: {', '.join(backends.NAMES)}.")
+        list[str] | None, _machine(help=f"What computes, once for each: {', '.join(backends.NAMES)}.")
     ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
     outcomes: Annotated[
         Path | None,
-        typer.Option(
+        _stored(
             metavar="PATH",
             help="Keep every image's outcome here, after each batch: FILE.npz for one network and backend, "
             "a folder with one file for each otherwise.",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from what --outcomes holds.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew though --outcomes exists.")] = False,
+    resume: Annotated[bool, _stored("--resume", help="Go on from what --outcomes holds.")] = False,
+    overwrite: Annotated[bool, _stored("--overwrite", help="Begin anew though --outcomes exists.")] = False,
     json_file: Json = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the loss at every iteration here (.png, .pdf).")] = None,
+    plot: Annotated[Path | None, _stored(help="Draw the loss at every iteration here (.png, .pdf).")] = None,
 ) -> None:
-    """Evaluate networks on clean test images and under PGD, all iterations from one run.
+    """Test networks on clean images and under PGD.
+
+    One attack gives the errors at all iterations that are reported.
 
     By torchrun, several processes share the images: torchrun --standalone --no-python --nproc-per-node 2 sparta
     evaluate ...

@@ -8,7 +8,10 @@ from .options import Json
 
 
 def info(json_file: Json = None) -> None:
-    """Show versions, devices, and the backend that each operation would use."""
+    """Show versions, devices, and who computes what.
+
+    For every operation and kind of device: the backend that is taken, and why.
+    """
     options.check_outputs([("--json", options.file(json_file))])
     facts = build_info()
     options.console(json_file).print(report.facts_table(facts, title="sparta_kernels"))

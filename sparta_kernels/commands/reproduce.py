@@ -27,7 +27,9 @@ _NAMES = papers.experiments()
 
 
 def reproduce(
-    experiments: Annotated[list[str], typer.Argument(help=f"What: {', '.join(_NAMES)}; or all.")],
+    experiments: Annotated[
+        list[str], typer.Argument(metavar="EXPERIMENTS", help=f"What: {', '.join(_NAMES)}; or all.")
+    ],
     root: Annotated[
         Path | None, typer.Option("--data-root", help="Folder with the data sets' files (sparta data fetch).")
     ] = None,
@@ -74,9 +76,10 @@ def reproduce(
     threads: Threads = None,
     json_file: Json = None,
 ) -> None:
-    """Train and evaluate what a table or figure of the papers needs, and show ours beside theirs.
+    """Reproduce a table or figure of the papers.
 
-    Runs are kept, and shared between tables. Stop it at any moment: the same command goes on.
+    Trains and attacks the networks that it needs, and shows ours beside theirs. Runs are kept, and shared between
+    tables. Stop it at any moment: the same command goes on.
     """
     if launch.here().count > 1:
         options.end(

@@ -32,7 +32,10 @@ _stored = partial(typer.Option, rich_help_panel="What is stored and shown")
 
 
 def train(
-    checkpoint: Annotated[Path, typer.Argument(help="File for the network and all that is needed to go on.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="File for the network and all that is needed to go on."),
+    ],
     config: Annotated[
         Path | None,
         typer.Option(
@@ -113,9 +116,10 @@ def train(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Train a network, standard or adversarially, and store it after every epoch.
+    """Train a network, normally or adversarially.
 
-    Stop it by Ctrl-C or SIGTERM at any moment: it stores its last step, and --resume goes on from there.
+    It is stored after every epoch. Stop it by Ctrl-C or SIGTERM at any moment: it stores its last step, and --resume
+    goes on from there.
 
     Beside CHECKPOINT, NAME.safetensors, say, NAME.toml keeps the options, for --config, and NAME.csv has a line for
     each epoch. By torchrun, several processes share every batch: torchrun --standalone --no-python --nproc-per-node 2
