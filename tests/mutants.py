@@ -189,6 +189,7 @@ FAULTS = [
         "captured[1].room != len(images)",
         ENGINES,
     ),
+    Fault("capture-failed", f"{ATTACK}/capture.py", "        _end_failed(here, stream, pool)\n", "", ENGINES),
     Fault(
         "exact-forgotten",
         f"{ATTACK}/trajectory.py",
