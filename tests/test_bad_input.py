@@ -397,6 +397,14 @@ def test_the_options_are_given_by_name():
         sparta_gate(x, spatial, channel, None, 2)
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("shape", [(2, 3, 0, 4), (2, 3, 5, 0), (0, 3, 0, 0)], ids=str)
+@pytest.mark.parametrize("operation", [sparta_attention, sparta_activation])
+def test_an_image_without_pixels_has_no_mean(operation, shape, backend):
+    with pytest.raises(ValueError, match=rf"^{operation.__name__}: x must have C, H, W >= 1, got shape \("):
+        operation(torch.ones(shape), weights(), backend=backend)
+
+
 @pytest.mark.parametrize("name", ["w13", "b13", "b4", "w2", "b2", "b7"])
 @pytest.mark.parametrize("operation", [sparta_attention, sparta_activation])
 def test_a_weight_that_must_be_there(operation, name, monkeypatch):

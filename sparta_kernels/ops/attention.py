@@ -199,6 +199,8 @@ def _again(
 def _check(operation: str, x: Tensor, weights: AttentionWeights) -> None:
     check_tensor(operation, "x", x)
     check_images(operation, "x", x)
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{operation}: x must have C, H, W >= 1, got shape {tuple(x.shape)}")
     if not isinstance(weights, AttentionWeights):
         raise TypeError(f"{operation}: weights must be AttentionWeights, got {type(weights).__name__}")
     absent = [name for name in ("w6", "b6", "w7") if getattr(weights, name) is None]
@@ -236,10 +238,10 @@ def sparta_attention(
         h6 = relu(w6 h3 + b6)   kernel  = w7 mean_p(h6) + b7
 
     Args:
-        x: ``(N, C, H, W)``; float64, float32, bfloat16 or float16. NCHW and channels_last are read as they lie,
-            slices of them in N and C too; other layouts are copied first. float64 and float32 are multiplied as such,
-            the 16-bit formats in their own precision or a higher one; sums are kept in float32 (float64 for float64),
-            and are bitwise repeatable.
+        x: ``(N, C, H, W)``, C, H, W >= 1; float64, float32, bfloat16 or float16. NCHW and channels_last are read as
+            they lie, slices of them in N and C too; other layouts are copied first. float64 and float32 are multiplied
+            as such, the 16-bit formats in their own precision or a higher one; sums are kept in float32 (float64 for
+            float64), and are bitwise repeatable.
         weights: on x's device, in any floating dtypes.
         backend: overrides `use_backend` for this call. Where neither asks for one, and there are no kernels for x, this
             is plain PyTorch; so it is for torch.compile, torch.func, torch.jit and forward-mode AD.
