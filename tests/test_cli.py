@@ -44,7 +44,7 @@ def test_version():
 def test_help_shows_every_command_s_summary_whole():
     assert "..." not in run("--help").stdout.split("Commands:")[1]
     for command, argument in [("train", "CHECKPOINT"), ("evaluate", "CHECKPOINTS"), ("reproduce", "EXPERIMENTS")]:
-        assert re.search(rf"sparta {command} \[OPTIONS\] \W?{argument}", run(command, "--help").stdout)
+        assert re.search(rf" {command} \[OPTIONS\] \W?{argument}", run(command, "--help").stdout)
 
 
 def test_help_of_evaluate_groups_its_options():
