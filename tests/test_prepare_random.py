@@ -63,7 +63,7 @@ class Drawn(nn.Module):
 STEPS = st.lists(st.tuples(st.sampled_from([*LAYERS, *FUNCTIONS]), st.integers(0, 3), st.integers(0, 3)), max_size=12)
 
 
-@example([("conv", 0, 0), ("norm", 0, 0), ("add", 0, 1), ("relu6_", 1, 0), ("relu", 1, 0)])
+@example([("conv", 0, 0), ("norm", 0, 0), ("add", 0, 1), ("relu6_", 1, 0), ("relu", 1, 0), ("gate", 0, 1)])
 @given(STEPS)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_the_same_function(steps):
