@@ -174,6 +174,28 @@ FAULTS = [
     Fault("fold-shift", "sparta_kernels/nn/frozen.py", "    shift = shift * scale\n", "", SAME_FUNCTION),
     Fault("fold-read", f"{ATTACK}/rewrite.py", "if len(node.users) == 1 else None", "if node.users else None", PREPARE),
     Fault("fork-writes", f"{ATTACK}/rewrite.py", "and not self._own(read)):", "and False):", SAME_FUNCTION),
+    Fault(
+        "sum-after-a-write",
+        f"{ATTACK}/rewrite.py",
+        "        return node is last\n",
+        "        return True\n",
+        SAME_FUNCTION,
+    ),
+    Fault(
+        "settings-restored",
+        f"{ATTACK}/arithmetic.py",
+        "                _restore(_before)",
+        "                pass",
+        "tests/test_arithmetic.py",
+    ),
+    Fault(
+        "default-device",
+        "sparta_kernels/backends/native.py",
+        "dtype=dtype, device=weights.w4.device)",
+        "dtype=dtype)",
+        "tests/test_attention_calls.py",
+        "default_device",
+    ),
     Fault("refresh-constants", f"{ATTACK}/prepare.py", "        refresh_constants(self._constants)\n", "", PREPARE),
     Fault(
         "restart-worst",
