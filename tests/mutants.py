@@ -21,6 +21,7 @@ from planting import ROOT, Copy, Fault, stop
 
 GATE, CONV, PGD = "tests/test_gate.py", "tests/test_dynamic_conv.py", "tests/test_pgd_ops.py"
 RELU = "tests/test_relu.py"
+OVERLAP = f"{RELU}::test_a_neighbour_is_not_overwritten"
 TRAINING = "not processes and not little_more_memory and not compile and not gradcheck"  # what is quick there
 BACKENDS, BAD, REFERENCE = "tests/test_backends.py", "tests/test_bad_input.py", "tests/test_reference.py"
 OPCHECK = "tests/test_dispatch.py::test_opcheck_of_the_convolution"
@@ -34,6 +35,8 @@ LIBRARY, LAYOUT, EXTENSION, OPS = (
 
 EVALUATION, ATTACK = "sparta_kernels/evaluation", "sparta_kernels/attack"
 PREPARE, SAME_FUNCTION = "tests/test_prepare.py", "tests/test_prepare_function.py"
+READ = f"{PREPARE}::test_a_convolution_that_others_read_keeps_its_batchnorm"
+REFRESHED = f"{PREPARE}::test_refresh_takes_over_what_was_learnt"
 RESTARTS, ENGINES = "tests/test_restarts.py", "tests/test_engines.py"
 LOOP, STEPS, SHARED = "sparta_kernels/training", "tests/test_training_features.py", "tests/test_training_ddp.py"
 RESUMED = "tests/test_training_resume.py", "not killed"
@@ -92,7 +95,7 @@ FAULTS = [
         "sparta_kernels/reference.py",
         "quad = torch.arange(-",
         "quad = 1 + torch.arange(-",
-        REFERENCE,
+        f"{REFERENCE}::test_uniform_is_keyed_by_seed_index_element_purpose_and_restart",
     ),
     # The attack's kernels.
     # With -O3, since the copy is built with -O1, where the compiler fuses nothing.
@@ -166,13 +169,13 @@ FAULTS = [
     ),
     Fault("gate-of-sum", KERNELS, "if (two) gradient += load_partial(gy2_row, count);", "", TWO),
     Fault("relu-order", LAYOUT, "if tensor.stride() == stride:", "if tensor.numel() > 0:", RELU),
-    Fault("relu-overlap", f"{OPS}/relu.py", "if ahead != 0 and", "if False and", RELU),
+    Fault("relu-overlap", f"{OPS}/relu.py", "if ahead != 0 and", "if False and", OVERLAP),
     # An evaluation's outcomes: padding, what a resume takes over and refuses, fp32 predictions, the parity check.
     Fault(
         "outcome-padding", f"{EVALUATION}/batches.py", "values[: batch.real].cpu()", "values[-batch.real :].cpu()", KEPT
     ),
     Fault("fold-shift", "sparta_kernels/nn/frozen.py", "    shift = shift * scale\n", "", SAME_FUNCTION),
-    Fault("fold-read", f"{ATTACK}/rewrite.py", "if len(node.users) == 1 else None", "if node.users else None", PREPARE),
+    Fault("fold-read", f"{ATTACK}/rewrite.py", "if len(node.users) == 1 else None", "if node.users else None", READ),
     Fault("fork-writes", f"{ATTACK}/rewrite.py", "and not self._own(read)):", "and False):", SAME_FUNCTION),
     Fault(
         "sum-after-a-write",
@@ -196,7 +199,7 @@ FAULTS = [
         "tests/test_attention_calls.py",
         "default_device",
     ),
-    Fault("refresh-constants", f"{ATTACK}/prepare.py", "        refresh_constants(self._constants)\n", "", PREPARE),
+    Fault("refresh-constants", f"{ATTACK}/prepare.py", "        refresh_constants(self._constants)\n", "", REFRESHED),
     Fault(
         "restart-worst",
         f"{ATTACK}/trajectory.py",
