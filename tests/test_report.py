@@ -145,3 +145,8 @@ def test_the_plot_says_which_way_is_up(document, tmp_path, monkeypatch, targeted
     assert ("target class" in said[0], "true class" in said[0]) == (targeted, not targeted)
     assert said[1].endswith("down" if targeted else "up")
     assert ("untargeted" in said[1]) != targeted
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0:00:00"), (61.6, "0:01:02"), (90_061, "25:01:01")])
+def test_durations_in_hours(seconds, words):
+    assert report.duration(seconds) == words

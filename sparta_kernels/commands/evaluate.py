@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn, TimeRemainingColumn
 
 from .. import attack, backends, data, evaluation, report, training
 from ..attack import checks
@@ -320,15 +320,7 @@ class _Display:
     def __init__(self, name: str, count: int) -> None:
         self.name, self.count, self.images = name, count, 0
         console = options.progress_console()
-        self._bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[state]}", markup=False),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=console.quiet,
-        )
+        self._bars = report.progress_bars(console, TextColumn("ETA"), TimeRemainingColumn())
         self._task = self._bars.add_task(name, total=None, state="")
         self._told = False
         self._last_line = 0.0

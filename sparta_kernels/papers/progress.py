@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from .. import data, evaluation, training
+from ..report import duration, progress_bars
 from .experiments import Need, Run
 from .runs import Runs
 
@@ -33,13 +33,7 @@ class RunsProgress:
         self._cost = {run: self._left(run, need) for run, need in left.items()}
         self._total, self._done = sum(map(sum, self._cost.values())), 0.0
         self._start, self._last_line, self._epochs = time.monotonic(), 0.0, 0
-        self._bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[state]}", markup=False),
-            console=console,
-            disable=console.quiet or not console.is_terminal,
-        )
+        self._bars = progress_bars(console)
         self._task = self._bars.add_task("", total=max(self._total, 1e-9), state="")
 
     def __enter__(self) -> RunsProgress:
@@ -95,15 +89,9 @@ class RunsProgress:
         seconds = time.monotonic() - self._start
         eta = ""
         if completed > 0.01 * self._total:
-            eta = f", ETA {_duration(seconds * (self._total - completed) / completed)}"
+            eta = f", ETA {duration(seconds * (self._total - completed) / completed)}"
         name = f"run {self._number}/{self._count} {self._run.name}"
         self._bars.update(self._task, completed=completed, description=name, state=state + eta)
         if self._bars.disable and time.monotonic() > self._last_line + _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self._bars.console.print(f"{name}: {state}{eta}", soft_wrap=True, highlight=False)
-
-
-def _duration(seconds: float) -> str:
-    """As h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -2,6 +2,7 @@
 
 from ..machine import cpu_name
 from .plot import COLOURS, check_plot, draw_losses, new_figure, plot_losses, save_figure
+from .progress import duration, progress_bars
 from .results import as_json, document, save_json
 from .table import evaluation_notes, evaluation_table, evaluation_title, facts_table, megabytes, percent
 
@@ -12,6 +13,7 @@ __all__ = [
     "cpu_name",
     "document",
     "draw_losses",
+    "duration",
     "evaluation_notes",
     "evaluation_table",
     "evaluation_title",
@@ -20,6 +22,7 @@ __all__ = [
     "new_figure",
     "percent",
     "plot_losses",
+    "progress_bars",
     "save_figure",
     "save_json",
 ]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
+from ..report import duration, progress_bars
 from .history import Batch, Epoch
 from .settings import Settings
 
@@ -33,13 +32,7 @@ class TrainingProgress:
         self._settings = settings
         self._kind = "clean" if settings.attack == "none" else "robust"
         self._console = console
-        self._bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[state]}", markup=False),
-            console=console,
-            disable=console.quiet or not console.is_terminal,
-        )
+        self._bars = progress_bars(console)
         self._task = self._bars.add_task("training", total=None, state="")
         self._first: tuple[float, int] | None = None  # when the first step was done, and its place in the run
         self._epoch_start: tuple[int, float] = (0, 0.0)  # the epoch under way, and when its first step was done
@@ -72,7 +65,7 @@ class TrainingProgress:
             self._epoch_images += batch.images
             self._speed = f"  {_speed(self._epoch_images / max(now - self._epoch_start[1], 1e-9))}"
         began, before = self._first
-        left = f"  ETA {_duration((now - began) / (done - before) * (total - done))}" if done > before else ""
+        left = f"  ETA {duration((now - began) / (done - before) * (total - done))}" if done > before else ""
         state = f"loss {batch.loss:.3f}  {self._kind} error {batch.error:.1%}{self._speed}{left}"
         where = f"epoch {batch.epoch}/{epochs}"
         self._bars.update(self._task, total=total, completed=done, description=where, state=state)
@@ -96,7 +89,3 @@ class TrainingProgress:
 
 def _speed(images_per_second: float) -> str:
     return f"{images_per_second:.{0 if images_per_second >= 9.5 else 2}f} images/s"
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
