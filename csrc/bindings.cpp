@@ -232,6 +232,7 @@ void multiply(int dtype, int64_t m, int64_t n, int64_t k, Address a, Address b, 
   products.check();
 }
 
+// Asks the driver, which starts it: a process that did cannot hide devices any more, nor use them once it has forked.
 py::dict cuda_info() {
   py::dict info;
 #if defined(SPARTA_WITH_CUDA)
@@ -264,6 +265,11 @@ py::dict cuda_info() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of sparta_kernels. Internal: call sparta_kernels' operations instead.";
   m.attr("compiler") = SPARTA_COMPILER;
+#if defined(SPARTA_WITH_CUDA)
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
   m.def("gate_forward", &sparta::bindings::gate_forward);
   m.def("gate_backward", &sparta::bindings::gate_backward);
   m.def("gate_backward_scratch", &sparta::bindings::gate_backward_scratch);

@@ -7,6 +7,7 @@ _Small = tuple[int, int]  # address (0: absent), dtype number
 _Place = tuple[int, int, int]  # CPU threads, CUDA device (-1: the CPU), stream
 
 compiler: str
+with_cuda: bool  # whether the CUDA sources were built
 
 def gate_forward(
     shape: tuple[int, int, int, int, int],  # N, C, H, W, share

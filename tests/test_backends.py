@@ -192,6 +192,19 @@ def test_build_info_compares_driver_and_build(monkeypatch, cuda, note):
     assert note in build_info()["cuda"]["note"]
 
 
+def test_importing_asks_no_driver():
+    """It would be started: devices could not be hidden any more, nor used after a fork."""
+    code = (
+        "import sparta_kernels._native as native\n"
+        "def asked(): raise SystemExit('the driver was asked')\n"
+        "native.cuda_info = asked\n"
+        "import sparta_kernels.cli, sparta_kernels.nn, sparta_kernels.attack, sparta_kernels.training\n"
+        "print(sparta_kernels.backends.DEVICES['native'] == (('cpu', 'cuda') if native.with_cuda else ('cpu',)))\n"
+    )
+    done = run(code)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
 # ---- a broken installation ---------------------------------------------------------------------------------
 
 

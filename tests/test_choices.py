@@ -106,7 +106,7 @@ def test_a_broken_table_is_refused(tmp_path, text, message):
 def test_the_installed_table_is_sound():
     for row in choices.read(choices.FILE):
         assert row.operation in choices.OPERATIONS
-        assert row.layout in (("planar", "channels_last") if row.operation.startswith("gate") else ("any",))
+        assert row.layout in (("planar", "channels_last") if row.operation.startswith(("gate", "dyrelu")) else ("any",))
         assert isinstance(getattr(torch, row.dtype), torch.dtype)
 
 

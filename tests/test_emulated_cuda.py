@@ -379,6 +379,7 @@ def test_a_device_that_is_not_there(cuda, monkeypatch):
 
 def test_what_the_module_says_of_itself(cuda):
     info = extension.kernels.cuda_info()
+    assert info["built"] is extension.kernels.with_cuda is True
     assert info["archs"] == "emulated"
     assert [device["capability"] for device in info["devices"]] == [(9, 0)] * 2
     assert extension.kernels.isa() == "baseline"

@@ -25,7 +25,7 @@ from sparta_kernels.backends.native_activations import (  # noqa: F401  function
 if TYPE_CHECKING:
     from sparta_kernels.ops.attention_kernels import AttentionWeights
 
-DEVICES = ("cpu", "cuda") if extension.kernels.cuda_info()["built"] else ("cpu",)
+DEVICES = ("cpu", "cuda") if extension.kernels.with_cuda else ("cpu",)
 
 
 def gate_forward(x: Tensor, spatial: Tensor, channel: Tensor, kernel: Tensor | None, share: int) -> Tensor:
