@@ -359,6 +359,14 @@ def test_smooth_relu_from_one_limit_to_the_other(backend, b, dtype):
     torch.testing.assert_close(gb.double(), 2 / b * terms.sum() / beta, rtol=max(relative / 8, 1e-5), atol=0)
 
 
+@pytest.mark.parametrize("b", [1e-25, 3e-20, 5e-20, 1e-19, 1e-18])
+def test_smooth_relu_lies_between_0_and_relu(backend, b):
+    """Also where beta is below the normal numbers and x near the largest, so that 1 / beta may be infinite."""
+    x = torch.tensor([1.0, 1e30, 1e38, 2e38, 3e38])
+    y = smooth_relu(x, torch.tensor(b), backend=backend)
+    assert ((y >= 0) & (y <= x)).all(), y
+
+
 # ---- autograd and its relatives ----------------------------------------------------------------------------
 
 
