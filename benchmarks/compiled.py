@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparta_kernels import AttentionWeights, backends
-from sparta_kernels.backends import native
+from sparta_kernels import _native
 from sparta_kernels.data.files import check_writable
 from sparta_kernels.report import save_json
 
@@ -100,7 +100,7 @@ class Kernel:
 
 def native_kernels(archs: Sequence[int]) -> Iterator[Kernel]:
     """All that the installed module holds for these architectures."""
-    for code in machine_code.read(Path(native._native.__file__)):
+    for code in machine_code.read(Path(_native.__file__)):
         found = re.search(r"(\w+)_kernel<(.*?)>\(", code.name)
         if found is None or code.arch not in archs:
             continue

@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from terminal import _few_images, _one_thread  # noqa: F401 (fixtures)
 
 from sparta_kernels import attack, nn, training
 from sparta_kernels.nn import Sparta
 from sparta_kernels.training import freeze_sparta, keep_frozen_in_eval, transfer
+
+pytestmark = pytest.mark.usefixtures("one_thread", "few_images")
 
 SITES = ("G1.B2", "G2.B2", "G3.B2", "G4.B2")
 
