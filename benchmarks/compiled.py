@@ -27,8 +27,7 @@ from machine_code import Code
 from rich.console import Console
 from rich.table import Table
 
-from sparta_kernels import AttentionWeights, backends
-from sparta_kernels import _native
+from sparta_kernels import AttentionWeights, _native, backends
 from sparta_kernels.data.files import check_writable
 from sparta_kernels.report import save_json
 
