@@ -81,8 +81,9 @@ def _bars(bars: Sequence[Mapping[str, Any]], digits: int) -> Iterator[str]:
     for bar in bars:
         if bar["value"] is not None:
             verdict = {True: "pass", False: "FAIL", None: "part"}[bar["passed"]]
-            cells = f"{bar['cells']} of {bar['wanted']} cells" if "wanted" in bar else f"{bar['cells']} cells"
-            yield f"{verdict} {bar['name']}: {bar['value']:.{digits}f} {bar['relation']} {bar['limit']:g}, {cells}"
+            line = f"{verdict} {bar['name']}: {bar['value']:.{digits}f} {bar['relation']} {bar['limit']:g}"
+            of = f" of {bar['wanted']}" if "wanted" in bar else ""
+            yield f"{line}, {bar['cells']}{of} cells" if "cells" in bar else line
 
 
 def _attack(figures: Mapping[str, Any]) -> Iterator[str]:
@@ -99,9 +100,7 @@ def _attack(figures: Mapping[str, Any]) -> Iterator[str]:
             yield (
                 f"{where}{name}: " + ", ".join(f"{part} {value:.2f}" for part, value in parts.items() if value) + " ms"
             )
-    for bar in figures.get("bars", ()):
-        verdict = {True: "pass", False: "FAIL", None: "not meant here"}[bar["passed"]]
-        yield f"{verdict} {bar['name']}: {bar['value']:.2f} {bar['relation']} {bar['limit']:g}"
+    yield from _bars(figures.get("bars", ()), 2)
     if figures.get("not_measured"):
         yield f"{figures['not_measured']} entries not measured"
 

@@ -121,13 +121,13 @@ def stop(process: subprocess.Popen[bytes], grace: float = _GRACE) -> None:
             time.sleep(0.01)
 
 
-def environment(dry_run: bool) -> dict[str, str]:
-    """The variables that every command gets: this checkout first, compilers within reach."""
+def environment(dry_run: bool = False, root: Path = ROOT) -> dict[str, str]:
+    """The variables that every command gets: the checkout in `root` first, compilers within reach."""
     found = dict(os.environ)
     tools = [str(Path(sys.executable).parent), found.get("PATH", ""), str(_CUDA) if _CUDA.is_dir() else ""]
     found["PATH"] = os.pathsep.join(filter(None, tools))
-    # The checkout, where the module is built in place; not whatever else is installed here.
-    found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), found.get("PYTHONPATH", "")]))
+    # Where the module is built in place; not whatever else is installed here.
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), found.get("PYTHONPATH", "")]))
     found["PYTHONUNBUFFERED"] = "1"
     if dry_run:
         found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

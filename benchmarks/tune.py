@@ -34,7 +34,7 @@ from ops_options import check_device, check_file, count, seconds, shape
 from origin import ROOT
 from rich.console import Console
 from rich.table import Table
-from suite_runner import last_lines
+from suite_runner import environment, last_lines
 from tune_variants import VARIANTS, Variant
 
 from sparta_kernels.report import save_json
@@ -217,12 +217,10 @@ class _Tuning:
                 self.samples.setdefault(name, {}).setdefault(bars.title(cell), []).append(times["median_ms"])
 
     def _run(self, command: Sequence[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
-        tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        variables = {**os.environ, "PATH": tools, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
         return subprocess.run(
             [str(part) for part in command],
             cwd=folder,
-            env=variables,
+            env=environment(root=folder),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
