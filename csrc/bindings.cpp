@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
 
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
@@ -15,6 +16,7 @@
 #endif
 
 // Run a kernel where its arguments say, without the GIL.
+// And the bytes that one needs beside its arguments, which on a CPU are none.
 #if defined(SPARTA_WITH_CUDA)
 #define SPARTA_RUN(kernel, args)    \
   py::gil_scoped_release release;   \
@@ -22,10 +24,15 @@
     cpu_kernels().kernel(args);     \
   else                              \
     cuda::kernel(args);
+#define SPARTA_SCRATCH(kernel_scratch, ...) \
+  return place(where).device < 0 ? 0 : cuda::kernel_scratch(__VA_ARGS__, place(where));
 #else
 #define SPARTA_RUN(kernel, args)    \
   py::gil_scoped_release release;   \
   cpu_kernels().kernel(args);
+#define SPARTA_SCRATCH(kernel_scratch, ...)                   \
+  static_cast<void>(std::tuple(__VA_ARGS__, place(where)));   \
+  return 0;
 #endif
 
 namespace py = pybind11;
@@ -63,13 +70,8 @@ void gate_backward(const std::array<int64_t, 5>& shape, bool planar, int dtype, 
   SPARTA_RUN(gate_backward, args)
 }
 
-// Bytes that gate_backward needs on a CUDA device beside its arguments.
 int64_t gate_backward_scratch(const std::array<int64_t, 5>& shape, bool planar, int dtype, const Where& where) {
-#if defined(SPARTA_WITH_CUDA)
-  if (place(where).device >= 0)
-    return cuda::gate_backward_scratch(gate_shape(shape, planar), static_cast<DType>(dtype), place(where));
-#endif
-  return 0;
+  SPARTA_SCRATCH(gate_backward_scratch, gate_shape(shape, planar), static_cast<DType>(dtype))
 }
 
 void conv_forward(const std::array<int64_t, 4>& shape, const Small& spatial, const Small& kernel, const Small& output,
@@ -138,13 +140,8 @@ void smooth_relu_backward(int64_t elements, int dtype, Address gy, Address x, Ad
   SPARTA_RUN(smooth_relu_backward, args)
 }
 
-// Bytes that smooth_relu_backward needs on a CUDA device beside its arguments.
 int64_t smooth_relu_backward_scratch(int64_t elements, int dtype, const Where& where) {
-#if defined(SPARTA_WITH_CUDA)
-  if (place(where).device >= 0)
-    return cuda::smooth_relu_backward_scratch(elements, static_cast<DType>(dtype), place(where));
-#endif
-  return 0;
+  SPARTA_SCRATCH(smooth_relu_backward_scratch, elements, static_cast<DType>(dtype))
 }
 
 DyReluShape dyrelu_shape(const std::array<int64_t, 4>& s, bool planar) { return {s[0], s[1], s[2], s[3], planar}; }
@@ -165,13 +162,8 @@ void dyrelu_backward(const std::array<int64_t, 4>& shape, bool planar, int dtype
   SPARTA_RUN(dyrelu_backward, args)
 }
 
-// Bytes that dyrelu_backward needs on a CUDA device beside its arguments.
 int64_t dyrelu_backward_scratch(const std::array<int64_t, 4>& shape, bool planar, int dtype, const Where& where) {
-#if defined(SPARTA_WITH_CUDA)
-  if (place(where).device >= 0)
-    return cuda::dyrelu_backward_scratch(dyrelu_shape(shape, planar), static_cast<DType>(dtype), place(where));
-#endif
-  return 0;
+  SPARTA_SCRATCH(dyrelu_backward_scratch, dyrelu_shape(shape, planar), static_cast<DType>(dtype))
 }
 
 using Extents = std::array<int64_t, 5>;  // samples, channels, pixels, hidden (padded), spare

@@ -31,7 +31,7 @@ def rehearsal(tmp_path_factory):
         cwd=folder.parent,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     return folder, done, json.loads((folder / "suite.json").read_text())
 
@@ -329,6 +329,18 @@ def test_what_is_asked_for_alone_shares_all_the_time(suite):
     assert suite.run("--limit", "130", "--only", "second,third") == 0
     assert left["second"] == pytest.approx(80, abs=2)  # of 120, as 20 to 10
     assert left["third"] == pytest.approx(40, abs=2)
+
+
+def test_a_rehearsal_is_not_hurried(suite):
+    """The limits are a GPU's. A CPU that is busy with other work takes longer, and nothing is wrong with the suite."""
+    left = {}
+    suite.add("build", lambda job: left.setdefault("build", job.left()), limit=100.0)
+    suite.add("other", limit=60.0)
+    assert suite.run("--dry-run") == 0
+    assert left["build"] > 1800
+    left.clear()
+    assert suite.run("--dry-run", "--limit", "90", "--fresh") == 0
+    assert left["build"] < 80
 
 
 def test_a_module_that_is_not_there_is_built(suite, monkeypatch):
