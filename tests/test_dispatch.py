@@ -15,7 +15,7 @@ import torch
 from cases import ConvCase, GateCase, assert_same_bits, random
 from torch import Tensor, nn
 
-from sparta_kernels import dynamic_conv, pgd_start_, pgd_step_, reference, sparta_gate, use_backend
+from sparta_kernels import dynamic_conv, ops, pgd_start_, pgd_step_, reference, sparta_gate, use_backend
 from sparta_kernels.backends import native
 from sparta_kernels.nn import Sparta
 
@@ -296,6 +296,22 @@ def test_vmap_of_the_convolution():
     kernel = random(torch.Generator().manual_seed(5), 2, 3, 3)
     got = torch.func.vmap(lambda s: dynamic_conv(s, kernel, backend="native"))(spatial)
     torch.testing.assert_close(got, torch.stack([reference.dynamic_conv(s, kernel) for s in spatial]))
+
+
+@pytest.mark.parametrize("operation", ["gate", "dynamic_conv", "dyrelu", "swish_relu", "smooth_relu"])
+def test_vmap_over_an_empty_axis(operation):
+    shapes = {
+        "gate": [(2, 3, 4, 4), (2, 1, 4, 4), (2, 3), (2,)],
+        "dynamic_conv": [(2, 1, 4, 4), (2, 3, 3)],
+        "dyrelu": [(2, 3, 4, 4), (2, 3, 2), (2, 3, 2)],
+        "swish_relu": [(2, 3)],
+        "smooth_relu": [(2, 3), ()],
+    }[operation]
+    fused = getattr(ops, operation.replace("gate", "sparta_gate"))
+    inputs = [torch.empty(0, *shape) for shape in shapes]
+    assert torch.func.vmap(lambda *t: fused(*t, backend="native"))(*inputs).shape == (0, *shapes[0])
+    gradients = torch.func.grad(lambda *t: fused(*t, backend="native").sum(), tuple(range(len(inputs))))
+    assert [g.shape for g in torch.func.vmap(gradients)(*inputs)] == [t.shape for t in inputs]
 
 
 def test_vmap_of_what_writes_in_place_is_refused():

@@ -23,21 +23,25 @@ def register(schema: str, implementation: Callable[..., object], fake: Callable[
 
 
 def batched(operation: Any) -> None:
-    """Teach torch.vmap an operation whose tensors all start with the sample axis: the new axis is folded into it."""
+    """Register a torch.vmap rule for an operation whose tensors all start with the sample axis N.
+
+    The new axis B is folded into it: the operation runs once, on B * N samples.
+    """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        def fold(value: Any, dim: int | None) -> Any:
+        def with_batch(value: Any, dim: int | None) -> Any:  # (B, N, ...)
             if not isinstance(value, Tensor):
                 return value
-            stacked = value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
-            return stacked.flatten(0, 1)
+            return value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
 
-        outputs = operation(*(fold(value, dim) for value, dim in zip(args, in_dims, strict=True)))
+        stacked = [with_batch(value, dim) for value, dim in zip(args, in_dims, strict=True)]
+        samples = stacked[0].shape[1]
+        outputs = operation(*(value.flatten(0, 1) if isinstance(value, Tensor) else value for value in stacked))
         single = isinstance(outputs, Tensor)
         unfolded = [
             (value, None)
-            if value.dim() == 1 and value.numel() == 0  # see `fill`
-            else (value.unflatten(0, (info.batch_size, value.shape[0] // info.batch_size)), 0)
+            if value.shape == (0,) and info.batch_size  # see `fill`
+            else (value.unflatten(0, (info.batch_size, samples)), 0)
             for value in ([outputs] if single else outputs)
         ]
         return unfolded[0] if single else tuple(zip(*unfolded, strict=True))
@@ -46,19 +50,27 @@ def batched(operation: Any) -> None:
 
 
 def one_by_one(operation: Any) -> None:
-    """Teach torch.vmap an operation of any tensors: it is called for one slice of the new axis after the other."""
+    """Register a torch.vmap rule for an operation of any tensors: it runs once for every slice of the new axis."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         def slices(i: int) -> list[Any]:
             pairs = zip(args, in_dims, strict=True)
-            return [value.select(dim, i) if isinstance(dim, int) else value for value, dim in pairs]
+            return [_slice(value, dim, i) if isinstance(dim, int) else value for value, dim in pairs]
 
-        outputs = [operation(*slices(i)) for i in range(info.batch_size)]
+        # An empty axis takes one run all the same, on made-up values: it tells the shapes of the results.
+        outputs = [operation(*slices(i)) for i in range(max(1, info.batch_size))]
         if isinstance(outputs[0], Tensor):
-            return torch.stack(outputs), 0
-        return tuple(torch.stack(values) for values in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+            return torch.stack(outputs)[: info.batch_size], 0
+        stacked = tuple(torch.stack(values)[: info.batch_size] for values in zip(*outputs, strict=True))
+        return stacked, (0,) * len(stacked)
 
     torch.library.register_vmap(operation, rule, lib=_library)
+
+
+def _slice(value: Tensor, dim: int, i: int) -> Tensor:
+    if value.shape[dim] > 0:
+        return value.select(dim, i)
+    return value.new_zeros(value.movedim(dim, 0).shape[1:])
 
 
 def fill(gradient: Tensor | None, like: Tensor) -> Tensor:
