@@ -1,7 +1,7 @@
-"""The SPARTA activation as fused kernels, and a fast PGD attack to train and test robust networks with.
+"""Fused kernels for the SPARTA activation, and a fast PGD attack for training and testing robust networks.
 
-The operations are here; `nn`, `attack`, `data`, `training`, `evaluation`, `report` and `papers` are packages that load
-when they are first used. docs/api.md lists all public names.
+The operations are here. The packages `nn`, `attack`, `data`, `training`, `evaluation`, `report` and `papers` load on
+first use. docs/api.md lists all public names.
 """
 
 from typing import TYPE_CHECKING, Any

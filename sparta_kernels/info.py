@@ -55,13 +55,13 @@ def _attention(kind: str) -> Choice:
 
 
 def build_info() -> dict[str, Any]:
-    """Describe this installation in plain values that `json.dumps` takes.
+    """Describe this installation as a dict that `json.dumps` accepts.
 
     Returns:
-        A dict with "versions", "cpu" (instruction sets built, supported and used; threads), "cuda" (architectures
-        built, driver, devices, and what was measured to be the faster backend on such devices), "operations": for
-        every operation and kind of device, the backend that ``auto`` takes and why, and "engines": the same of attacks,
-        for every kind of device and precision.
+        A dict with "versions"; "cpu" (instruction sets built, supported and used; threads); "cuda" (architectures
+        built, driver, devices, and the backend measured to be faster on such devices); "operations": for every
+        operation and kind of device, the backend that ``auto`` takes and why; and "engines": the same for attack
+        engines, for every kind of device and precision.
     """
     from sparta_kernels.attack import engines  # attacks stand on what this module stands on
 

@@ -30,10 +30,10 @@ _requested = "auto"
 
 
 class use_backend:
-    """Choose how operations are computed, from here on or for a ``with`` block.
+    """Choose the backend that computes operations, from now on or for a ``with`` block.
 
         sparta_kernels.use_backend("reference")          # until the next call
-        with sparta_kernels.use_backend("native"): ...   # and back again after it
+        with sparta_kernels.use_backend("native"): ...   # restored after the block
 
     The choice holds for the whole process. A backward pass uses the backend that its forward pass used.
 

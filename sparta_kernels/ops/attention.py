@@ -231,25 +231,26 @@ def _check(operation: str, x: Tensor, weights: AttentionWeights) -> None:
 def sparta_attention(
     x: Tensor, weights: AttentionWeights, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """DSCANet (Fig. 2) at K = 1 with BatchNorm folded: what the gate's spatial, channel and kernel are, in one pass.
+    """The attention network (DSCANet, Fig. 2) at K = 1 with BatchNorm folded in: the gate's factors, in one pass.
 
         h1 = relu(w1 x + b1)    channel = w2 mean_p(h1) + b2
         h3 = relu(w3 x + b3)    spatial = w4 h3 + b4
         h6 = relu(w6 h3 + b6)   kernel  = w7 mean_p(h6) + b7
 
     Args:
-        x: ``(N, C, H, W)``, C, H, W >= 1; float64, float32, bfloat16 or float16. NCHW and channels_last are read as
-            they lie, slices of them in N and C too; other layouts are copied first. float64 and float32 are multiplied
-            as such, the 16-bit formats in their own precision or a higher one; sums are kept in float32 (float64 for
-            float64), and are bitwise repeatable.
+        x: ``(N, C, H, W)``, C, H, W >= 1; float64, float32, bfloat16 or float16. NCHW and channels_last are read
+            without a copy, as are slices of them in N and C; other layouts are copied first. float64 and float32 are
+            multiplied as such, the 16-bit formats in their own precision or a higher one. Sums are accumulated in
+            float32 (float64 for float64) and are bitwise repeatable.
         weights: on x's device, in any floating dtypes.
-        backend: overrides `use_backend` for this call. Where neither asks for one, and there are no kernels for x, this
-            is plain PyTorch; so it is for torch.compile, torch.func, torch.jit and forward-mode AD.
+        backend: overrides `use_backend` for this call. If neither selects one and there are no kernels for x, plain
+            PyTorch computes this; likewise under torch.compile, torch.func, torch.jit and forward-mode AD.
 
     Returns:
-        ``spatial (N, 1, H, W)``, ``channel (N, C)``, ``kernel (N,)``, in float32 (float64 for float64; plain PyTorch:
-        in x's dtype). Differentiable in x and in the weights, any number of times in eager mode. What is kept for that
-        is x and three bits for a hidden channel and pixel. Gradients of weights that nobody asks for are not computed.
+        ``spatial (N, 1, H, W)``, ``channel (N, C)``, ``kernel (N,)``, in float32 (float64 for float64; from
+        plain PyTorch, in x's dtype). Differentiable in x and in the weights, in eager mode any number of times. x and
+        three bits per hidden channel and pixel are saved for backward. Weight gradients are computed only where they
+        are requested.
 
     Raises:
         TypeError: an argument is not what it should be, or has an unsupported dtype.
@@ -267,12 +268,12 @@ def sparta_attention(
 
 
 def sparta_activation(x: Tensor, weights: AttentionWeights, *, share: int = 1, backend: str | None = None) -> Tensor:
-    """The whole activation at K = 1 with BatchNorm folded: `sparta_attention` and the gate (Eq. 3, 5, 6, 8).
+    """The whole activation at K = 1 with BatchNorm folded in: `sparta_attention` and the gate (Eq. 3, 5, 6, 8).
 
         y = relu(x) * sigmoid(kernel * spatial (x) channel)
 
     Args:
-        share: blocks of share x share pixels have the mean of their spatial values (Eq. 6). The other arguments, and
+        share: each block of share x share pixels uses the mean of its spatial values (Eq. 6). The other arguments, and
             the errors, are those of `sparta_attention`.
 
     Returns:

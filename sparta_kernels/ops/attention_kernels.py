@@ -14,13 +14,15 @@ from sparta_kernels.ops.library import fill, register, untraced
 
 
 class AttentionWeights(NamedTuple):
-    """DSCANet's weights (Fig. 2) at K = 1, BatchNorm folded in. C channels, Co hidden; any floating dtypes.
+    """The attention network's weights (DSCANet, Fig. 2) at K = 1, with BatchNorm folded in.
+
+    C channels, Co hidden channels; any floating dtypes.
 
     Attributes:
-        w13, b13: ``(2 * Co, C)``, ``(2 * Co,)``: conv1, and below it conv3.
+        w13, b13: ``(2 * Co, C)``, ``(2 * Co,)``: conv1 stacked on conv3.
         w4, b4: ``(Co,)``, ``(1,)``: conv4.
         w2, b2: ``(C, Co)``, ``(C,)``: conv2.
-        b7: ``(1,)``: predict's bias; for SPARTA-w/o-DPNet, which has none of the three below, the learned kernel.
+        b7: ``(1,)``: predict's bias. Where w6, b6 and w7 are None (SPARTA-w/o-DPNet), the learned kernel.
         w6, b6: ``(Co, Co)``, ``(Co,)``: conv6; or None.
         w7: ``(Co,)``: predict; or None.
     """

@@ -65,7 +65,7 @@ def dynamic_conv(spatial: Tensor, kernel: Tensor, *, backend: str | None = None)
         backend: overrides `use_backend` for this call.
 
     Returns:
-        ``(N, 1, H, W)``, contiguous, in the dtype of spatial. Differentiable, twice in eager mode.
+        ``(N, 1, H, W)``, contiguous, in the dtype of spatial. Differentiable, in eager mode twice.
 
     Raises:
         TypeError: an argument is not a tensor of a supported dtype.

@@ -55,20 +55,20 @@ _dyrelu = differentiable(
 
 
 def dyrelu(x: Tensor, slopes: Tensor, intercepts: Tensor, *, backend: str | None = None) -> Tensor:
-    """Dynamic ReLU (Chen et al., 2020, Eq. 3), in one pass each way: the largest of K lines.
+    """Dynamic ReLU (Chen et al., 2020, Eq. 3), in one pass each way: the maximum of K lines.
 
         y[n,c,...] = max over k of slopes[n,c,k] * x[n,c,...] + intercepts[n,c,k]
 
     Args:
         x: ``(N, C, ...)``, usually ``(N, C, H, W)``; float64, float32, bfloat16 or float16. NCHW and channels_last are
-            read as they lie, slices of them in N and C too; other layouts are copied first.
+            read without a copy, as are slices of them in N and C; other layouts are copied first.
         slopes, intercepts: ``(N, C, K)`` with 1 <= K <= 8, any of those dtypes.
         backend: overrides `use_backend` for this call.
 
     Returns:
-        y with the shape, dtype and memory format of x. Differentiable for all three, twice in eager mode; among equal
-        lines the first has the gradient. A NaN is the largest, as in torch.max. Sums are kept in float32 (float64 for
-        float64) and are bitwise repeatable.
+        y with the shape, dtype and memory format of x. Differentiable in all three arguments, in eager mode
+        twice. Among equal lines the first gets the gradient. NaN counts as the maximum, as in torch.max. Sums are
+        accumulated in float32 (float64 for float64) and are bitwise repeatable.
 
     Raises:
         TypeError: an argument is not a tensor of a supported dtype.

@@ -126,18 +126,18 @@ def sparta_gate(
         y[n,c,h,w] = relu(x[n,c,h,w]) * sigmoid(kernel[n] * spatial[n, h // share, w // share] * channel[n,c])
 
     Args:
-        x: ``(N, C, H, W)``; float64, float32, bfloat16 or float16. NCHW and channels_last are read as they lie,
-            slices of them in N and C too; other layouts are copied first.
-        spatial: ``(N, 1, ceil(H / share), ceil(W / share))``, any of those dtypes: Conv5's input, or (with
-            ``kernel=None``) its output.
+        x: ``(N, C, H, W)``; float64, float32, bfloat16 or float16. NCHW and channels_last are read without a
+            copy, as are slices of them in N and C; other layouts are copied first.
+        spatial: ``(N, 1, ceil(H / share), ceil(W / share))``, any of those dtypes: the input of Conv5, or
+            (with ``kernel=None``) its output.
         channel: ``(N, C)``, any of those dtypes.
         kernel: ``(N,)``, any of those dtypes: Conv5's predicted weight. None stands for 1.
         share: side of the square blocks of pixels that share one spatial value.
         backend: overrides `use_backend` for this call.
 
     Returns:
-        y with the shape, dtype and memory format of x. Differentiable, twice in eager mode. Sums are kept in float32
-        (float64 for float64) and are bitwise repeatable.
+        y with the shape, dtype and memory format of x. Differentiable, in eager mode twice. Sums are accumulated
+        in float32 (float64 for float64) and are bitwise repeatable.
 
     Raises:
         TypeError: an argument is not what it should be, or has an unsupported dtype.

@@ -100,15 +100,16 @@ def pgd_step_(
         moved = adv - step_size * sign(grad)              (+ where targeted is False)
         adv   = clamp(clean + clamp(moved - clean, -eps, eps), lower, upper)
 
-    in this order and without FMA contraction, so that images are the same on every backend.
+    It is computed in this order and without FMA contraction, so images are the same on every backend.
 
     Args:
         adv: ``(N, C, H, W)``, the iterate; float64, float32, bfloat16 or float16 (the 16-bit ones computed in float32).
-        grad: shape and dtype of adv, the loss's gradient at adv. A targeted attack goes down the loss to the target.
-        clean: shape and dtype of adv, the image that was started from.
-        step_size, eps: in the units of the pixels, finite and not negative.
+        grad: shape and dtype of adv, the gradient of the loss at adv. A targeted attack minimises the loss to the
+            target.
+        clean: shape and dtype of adv, the original images.
+        step_size, eps: in pixel units, finite and not negative.
         lower, upper: the range of a pixel.
-        targeted: False to go up the loss.
+        targeted: False to maximise the loss.
         backend: overrides `use_backend` for this call.
 
     Returns:
@@ -116,7 +117,7 @@ def pgd_step_(
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: a shape, device, number or ``backend`` does not fit. adv is then as it was.
+        ValueError: a shape, device, number or ``backend`` does not fit. adv is then unchanged.
     """
     _check_adv("pgd_step_", adv)
     _check_pair("pgd_step_", adv, "grad", grad)
@@ -149,16 +150,16 @@ def pgd_start_(
 ) -> Tensor:
     """Write PGD's random start into `adv`: ``clamp(clean + U(-eps, eps), lower, upper)``.
 
-    The numbers come from Philox4x32-10 keyed by the seed and by which image of the data set a sample is, so they do
+    The numbers come from Philox4x32-10, keyed by the seed and counted by the image's index in its data set. So they do
     not depend on the batch, the device, the memory format or the backend.
 
     Args:
         adv: ``(N, C, H, W)``, overwritten; float64, float32, bfloat16 or float16.
         clean: shape and dtype of adv.
-        indices: int64 ``(N,)``, each sample's number in its data set.
-        eps: half width of the noise in the units of the pixels, finite and not negative.
+        indices: int64 ``(N,)``, each sample's index in its data set.
+        eps: half width of the noise in pixel units, finite and not negative.
         seed: in [0, 2**63).
-        restart: in [0, 2**24); every restart draws other noise.
+        restart: in [0, 2**24); each restart draws different noise.
         lower, upper: the range of a pixel.
         backend: overrides `use_backend` for this call.
 
@@ -167,7 +168,7 @@ def pgd_start_(
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: a shape, device, number or ``backend`` does not fit. adv is then as it was.
+        ValueError: a shape, device, number or ``backend`` does not fit. adv is then unchanged.
     """
     _check_adv("pgd_start_", adv)
     _check_pair("pgd_start_", adv, "clean", clean)

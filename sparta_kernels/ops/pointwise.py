@@ -76,15 +76,15 @@ _smooth_relu = differentiable(
 
 
 def swish_relu(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """``relu(x) * sigmoid(x)``, in one pass each way: Swish (Ramachandran et al., 2017) where x > 0, else 0.
+    """``relu(x) * sigmoid(x)``, in one pass each way: Swish (Ramachandran et al., 2017) if x > 0, else 0.
 
     Args:
-        x: any shape; float64, float32, bfloat16 or float16. Tensors without gaps in memory are read as they lie, others
-            are copied first.
+        x: any shape; float64, float32, bfloat16 or float16. Tensors without gaps in memory are read without a
+            copy, others are copied first.
         backend: overrides `use_backend` for this call.
 
     Returns:
-        y with the shape, dtype and memory format of x. Differentiable, twice in eager mode.
+        y with the shape, dtype and memory format of x. Differentiable, in eager mode twice.
 
     Raises:
         TypeError: x is not a tensor of a supported dtype.
@@ -98,19 +98,19 @@ def swish_relu(x: Tensor, *, backend: str | None = None) -> Tensor:
 
 
 def smooth_relu(x: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
-    """SmoothReLU, in one pass each way: ``x - log(beta * x + 1) / beta`` where x > 0, else 0; ``beta = b * b``.
+    """SmoothReLU, in one pass each way: ``x - log(beta * x + 1) / beta`` if x > 0, else 0; ``beta = b * b``.
 
-    It has no corner, and approaches ReLU as beta grows. At beta = 0 it is 0, as its limit there.
+    It has no kink at 0, and approaches ReLU as beta grows. At beta = 0 it is 0, its limit there.
 
     Args:
-        x: any shape; float64, float32, bfloat16 or float16. Tensors without gaps in memory are read as they lie, others
-            are copied first.
+        x: any shape; float64, float32, bfloat16 or float16. Tensors without gaps in memory are read without a
+            copy, others are copied first.
         b: one element, ``()`` or ``(1,)``, any of those dtypes.
         backend: overrides `use_backend` for this call.
 
     Returns:
-        y with the shape, dtype and memory format of x. Differentiable for x and b, twice in eager mode. The sum in b's
-        gradient is kept in float32 (float64 for float64) and is bitwise repeatable.
+        y with the shape, dtype and memory format of x. Differentiable in x and b, in eager mode twice. The
+        sum in b's gradient is accumulated in float32 (float64 for float64) and is bitwise repeatable.
 
     Raises:
         TypeError: an argument is not a tensor of a supported dtype.

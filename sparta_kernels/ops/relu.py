@@ -166,26 +166,26 @@ def _apply(operation: str, a: Tensor, b: Tensor | None, inplace: bool, twice: bo
 
 
 def add_relu(a: Tensor, b: Tensor | None = None, *, inplace: bool = False, backend: str | None = None) -> Tensor:
-    """``relu(a + b)``, or ``relu(a)``, in one pass, that keeps one bit an element for its gradient.
+    """``relu(a + b)``, or ``relu(a)``, in one pass that saves one bit per element for its gradient.
 
     Values and gradients are PyTorch's, bit for bit: the sum is rounded to the dtype (the 16-bit ones are computed in
     float32), the derivative at 0 is 0, ``relu(nan)`` is nan and lets the gradient through.
 
     Args:
-        a: any shape; float64, float32, bfloat16 or float16. Tensors without gaps in memory are read as they lie,
-            others are copied first.
-        b: shape and dtype of a; also copied where its strides are not a's.
-        inplace: True to let y be written over a, whose values are then lost. Compiled code may leave them.
+        a: any shape; float64, float32, bfloat16 or float16. Tensors without gaps in memory are read without a
+            copy, others are copied first.
+        b: shape and dtype of a; copied first if its strides differ from a's.
+        inplace: True to let y overwrite a, whose values are then lost. Compiled code may keep them.
         backend: overrides `use_backend` for this call.
 
     Returns:
-        y with the shape, dtype and memory format of a. Differentiable any number of times in eager mode. Under
-        torch.func's transforms the computation is plain PyTorch's.
+        y with the shape, dtype and memory format of a. Differentiable, in eager mode any number of times.
+        Under torch.func's transforms plain PyTorch computes it.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: a shape, device or ``backend`` does not fit; or ``inplace`` is True, and a is a leaf that requires a
-            gradient (or a view of one), has gaps, or overlaps with b. a is then as it was.
+            gradient (or a view of one), has gaps, or overlaps with b. a is then unchanged.
     """
     return _apply("add_relu", a, b, inplace, False, backend)
 
@@ -198,6 +198,6 @@ def add_relu_fork(
     Args and errors: those of `add_relu`; with ``inplace`` a must not be a view either where a gradient is wanted.
 
     Returns:
-        y twice, in the same memory: write into neither. One of the two may remain unused.
+        y twice, in the same memory: write into neither. One of the two may stay unused.
     """
     return _apply("add_relu_fork", a, b, inplace, True, backend)
