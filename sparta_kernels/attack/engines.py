@@ -1,4 +1,4 @@
-"""How the iterations of an attack are run: operation by operation, compiled, or as one CUDA graph."""
+"""How the iterations of an attack run: operation by operation, compiled, or as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _UNMEASURED = "eager"
 
 
 class Engine(NamedTuple):
-    """What runs an attack's iterations, and why that."""
+    """What runs an attack's iterations, and why it was chosen."""
 
     name: str
     reason: str

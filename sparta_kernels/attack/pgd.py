@@ -35,45 +35,45 @@ def pgd(
 
     Each step moves every pixel by `step_size` against the sign of the gradient of the summed cross-entropy to
     the target (untargeted: along that to the label), then back into the ball, then into [0, 1]. This is the
-    targeted attack of Xie et al. 2019 with which the SPARTA papers train and test (section "Setup"). With one
-    step size, iterate k of a long run *is* PGD-k, so one call gives the predictions at every iterate named in
-    `report_at`: `steps` backward passes and `steps + 1` forward passes in all (and in a precision below float32 one
-    forward pass in float32 for each reported iterate).
+    targeted attack of Xie et al. 2019 with which the SPARTA papers train and test (section "Setup"). With a fixed step
+    size, iterate k of a long run *is* PGD-k, so one call gives the predictions at every iterate in `report_at`: `steps`
+    backward passes and `steps + 1` forward passes in all (and in a precision below float32 one forward pass in float32
+    for each reported iterate).
 
-    Start noise and target of an image depend on (seed, its index, restart) alone, never on the other images
-    of the batch, its order or the device. What the images become still depends on them through rounding.
+    An image's start noise and target depend on (seed, its index, restart) alone, never on the rest of the batch, its
+    order or the device. The resulting images still depend on those through rounding.
 
-    Give it a model prepared by `attack.prepare` for speed: it is prepared once and attacked often. Any other model is
-    attacked exactly as it is. Its parameters are frozen meanwhile and get their `requires_grad` back whatever
-    happens; their `.grad` is left alone. The images are never modified.
+    For speed, prepare the model once with `attack.prepare` and attack the result; any other model is attacked exactly
+    as it is. Parameters are frozen during the attack, and their `requires_grad` is restored even if it fails. Their
+    `.grad` is left alone, and the images are never modified.
 
     Args:
         model: takes (N, C, H, W) images in [0, 1] (normalisation belongs inside) and returns (N, classes)
             logits. It and all its parts must be in eval mode.
-        images: (N, C, H, W), float32 (or float64: then iterates and steps are), every pixel in [0, 1].
+        images: (N, C, H, W), float32 (or float64: then so are iterates and steps), every pixel in [0, 1].
         labels: (N,), any integer dtype.
         eps: radius of the ball in pixel units, 0..1, such as 16/255.
         step_size: step in pixel units, above 0, such as 1/255.
         steps: number of steps, at least 1.
-        report_at: iterates whose predictions are kept, rising, each in 0..steps (0 is the start). None: 10, 30 and 50
-            as far as `steps` reaches, and the last.
-        targets: (N,) integers, each unlike the label. None: drawn for each image, uniformly among the wrong
-            classes. With targeted=False: (N, classes) probabilities in float32 or float64, a distribution for each
-            image that it is driven away from in the label's place; the gradient of the cross-entropy to softmax(f(x))
+        report_at: iterates whose predictions are returned, ascending, each in 0..steps (0 is the start). None: the
+            last, and those of 10, 30 and 50 that are below it.
+        targets: (N,) integers, each different from the label. None: drawn for each image uniformly from the wrong
+            classes. With targeted=False: (N, classes) probabilities in float32 or float64, for each image a
+            distribution to be driven away from instead of its label; the gradient of the cross-entropy to softmax(f(x))
             is that of the Kullback-Leibler divergence from it, which TRADES (Zhang et al. 2019) maximises.
         seed: 0..2**63 - 1.
         indices: (N,) integers >= 0, the images' places in their data set. None: 0..N-1.
         targeted: False drives each image away from its label, or from the distribution in `targets`.
         random_start: start uniformly within +-eps of the image (then clamped to [0, 1]); False starts on it.
-        restarts: how often to attack, each time with other noise and targets; the result is the worst case.
-        restart: the first one's number; the last one's must be below 2**24 (training uses the epoch).
+        restarts: number of attacks, each with different noise and targets; the result is the worst case.
+        restart: number of the first restart; the last one's must be below 2**24 (training uses the epoch).
         precision: "fp32", "bf16", and on a GPU "tf32" and "fp16"; None: the prepared model's, else "fp32". Iterates,
-            steps and reported predictions are float32 always; an autocast around the call is switched off.
+            steps and reported predictions are always float32. Autocast around the call is disabled.
         engine: "eager" (operation by operation), "compile" (by torch.compile), on a GPU "graph" (each iteration one
-            CUDA graph), or "auto": what was measured to be the fastest. A model that is not prepared is prepared for
-            this call where the precision or the engine needs it.
+            CUDA graph), or "auto": the one measured to be fastest. An unprepared model is prepared for this call if the
+            precision or engine needs it.
         progress: called with k once iterate k, 0..steps, of the first restart has been through the model, with
-            steps + 1 + k for the second, and so on. The loop never waits for the device by itself.
+            steps + 1 + k for the second, and so on. The loop itself never waits for the device.
 
     Returns:
         A `PGDResult`. For N = 0 everything in it is empty and the model is not called.
@@ -134,9 +134,9 @@ def perturb(
     precision: str | None = None,
     engine: str = "auto",
 ) -> Tensor:
-    """The adversarial images of `pgd`, and nothing else: for training, with `steps` passes each way.
+    """The adversarial images of `pgd` and nothing else, for training: `steps` passes each way.
 
-    Arguments and errors as in `pgd`; what the model makes of the last iterate is not looked at.
+    Arguments and errors are those of `pgd`. The model is not run on the last iterate.
 
     Returns:
         The last iterate (N, C, H, W), dtype and memory format of the images.

@@ -1,4 +1,4 @@
-"""A model made ready to be attacked: the same function, differentiable in its images alone, and faster."""
+"""A view of a model for attacks: the same function, but differentiable in the images alone, and faster."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ PRECISIONS_ON_CPU = ("fp32", "bf16")
 
 
 def prepare(model: nn.Module, *, precision: str = "fp32") -> Prepared:
-    """Make an attack-ready view of a network, of any that torch.fx can trace or has parts that it can.
+    """Make a view of a network for attacks, rewriting as much of it as torch.fx can trace.
 
-    BatchNorms are folded into the convolutions before them; convolutions keep nothing for weight gradients; ReLUs
-    keep one bit an element and are fused with the additions before them; weights are in the precision and memory
-    format of the attack. What cannot be treated so stays as it is, and stands in the result's `report`.
+    BatchNorms are folded into the convolutions before them. Convolutions save nothing for weight gradients. ReLUs save
+    one bit per element, and are fused with the additions before them. Weights have the precision and memory format of
+    the attack. Whatever cannot be treated so stays as it is, and is listed in the result's `report`.
 
-    The view shares with the model the weights that are used as they are. Others are copies: call `refresh` after
-    the model has learnt.
+    Weights that are used unchanged are shared with the model. The others are copies: call `refresh` after the model's
+    weights have changed.
 
     Args:
-        model: in eval mode, in all its parts; takes images (N, C, H, W), returns logits. A wrapper
-            (DistributedDataParallel, DataParallel, torch.compile) is looked through.
-        precision: what convolutions and linear layers compute in: "fp32" (as the weights are; exact on a GPU too),
+        model: in eval mode, with all its parts; takes images (N, C, H, W), returns logits. Wrappers
+            (DistributedDataParallel, DataParallel, torch.compile) are removed.
+        precision: of convolutions and linear layers: "fp32" (the weights' own dtype; exact on a GPU too),
             "bf16", and on a GPU "tf32" and "fp16". Images and their gradients stay float32.
 
     Raises:
@@ -52,7 +52,7 @@ def prepare(model: nn.Module, *, precision: str = "fp32") -> Prepared:
 
 
 def check_precision(where: str, precision: str, model: nn.Module) -> None:
-    """Refuse a precision that the model's device does not compute in."""
+    """Refuse a precision that the model's device does not support."""
     checks.choice(where, "precision", precision, PRECISIONS)
     device = checks.device_of(model)
     if device is not None and device.type == "cpu" and precision not in PRECISIONS_ON_CPU:
@@ -72,15 +72,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 class Prepared(nn.Module):
-    """What `prepare` makes: ``prepared(images)`` are the model's logits, in float32 at least.
+    """The result of `prepare`: ``prepared(images)`` gives the model's logits, at least in float32.
 
-    Its state dict is the model's, and loading one loads the model's weights and refreshes. A copy, or a pickle, is
-    the copied model prepared anew. It moves to no other device and dtype: move the model, and prepare it there.
+    Its state dict is the model's; loading one loads the model's weights and refreshes. A copy, or a pickle, is the
+    copied model prepared anew. It cannot be moved or converted: move the model, and prepare that.
 
     Attributes:
         precision: as given to `prepare`.
-        memory_format: of the images as the network computes.
-        report: what was done to the model, and what was left alone and why.
+        memory_format: in which the network takes the images.
+        report: what was done to the model, what was left alone, and why.
     """
 
     def __init__(self, model: nn.Module, precision: str) -> None:
@@ -110,7 +110,7 @@ class Prepared(nn.Module):
         return self._model[0]
 
     def forward(self, images: Tensor, network: Callable[[Tensor], Any] | None = None) -> Tensor:
-        """The logits, by `network` where a compiled form of this one's is given."""
+        """The logits; `network` may be a compiled form of this one's network."""
         self.check(images)
         if images.dim() == 4:
             images = images.contiguous(memory_format=self.memory_format)
@@ -125,10 +125,10 @@ class Prepared(nn.Module):
         return self._exact[0](images) if self._exact else self(images)
 
     def check(self, images: Tensor) -> None:
-        """Once, on the first two images: does the view compute what the model does, logits and gradient of the images?
+        """Compare the view's logits and input gradients with the model's, once, on the first two images.
 
-        Code can do things that no tracer sees, such as gradients of its own. Where the two differ by more than rounding
-        the model is kept whole, with a warning; the report has the reason.
+        Code can do things that a tracer does not see, such as custom gradients. If the two differ by more than
+        rounding, the model is kept whole, with a warning; the report has the reason.
         """
         if self._checked or torch.compiler.is_compiling() or not len(images):
             return
@@ -146,11 +146,11 @@ class Prepared(nn.Module):
             self._build(difference)
 
     def refresh(self) -> None:
-        """Take over what the model's weights and statistics are now.
+        """Update the view to the model's current weights and statistics.
 
-        Everything is rewritten in place, so that a captured graph stays valid. The model's tensors must be the same
-        ones as when it was prepared, with other values: an optimiser, `load_state_dict` and an assignment to `.data`
-        see to that; a new `nn.Parameter` in an old one's place does not.
+        Everything is rewritten in place, so a captured graph stays valid. The model's tensors must be the same objects
+        as when it was prepared, with new values: an optimiser, `load_state_dict` and an assignment to `.data` keep
+        them; assigning a new `nn.Parameter` does not.
         """
         for module in self.network.modules():
             if hasattr(module, "refresh"):
@@ -160,7 +160,7 @@ class Prepared(nn.Module):
             exact.refresh()
 
     def addresses(self) -> list[int]:
-        """Where the network's tensors lie: a captured graph is valid for no others."""
+        """The addresses of the network's tensors: a captured graph is valid for these alone."""
         return [tensor.data_ptr() for tensor in chain(self.network.parameters(), self.network.buffers())]
 
     def arithmetic(self) -> AbstractContextManager[None]:
@@ -196,7 +196,7 @@ class Prepared(nn.Module):
 
 
 def _difference(network: nn.Module, model: nn.Module, images: Tensor, layout: torch.memory_format) -> str | None:
-    """How the network differs from the model by more than rounding, if it does."""
+    """How the network differs from the model by more than rounding; None if it does not."""
 
     def computed(function: nn.Module, layout: torch.memory_format, factor: float = 1.0) -> tuple[Tensor, Tensor] | None:
         leaf = (images.detach() * factor).requires_grad_()
@@ -228,7 +228,7 @@ def _difference(network: nn.Module, model: nn.Module, images: Tensor, layout: to
 
 
 def _memory_format(device: torch.device | None, precision: str) -> torch.memory_format:
-    """The format that convolutions are faster in: measured for CPUs (docs/attack.md), cuDNN's advice for 16 bits."""
+    """The faster format for convolutions: as measured on CPUs, as cuDNN advises for 16 bits (docs/attack.md)."""
     if device is not None and device.type == "cuda" and precision == "fp32":
         return torch.contiguous_format
     return torch.channels_last

@@ -30,9 +30,8 @@ class Preset:
 def preset(name: str, eps: float, steps: int) -> Preset:
     """The attack called `name` for a radius `eps` (pixel units, 0..1) and `steps` (>= 1) steps.
 
-    "sparta" steps by 1/255 always, as the SPARTA papers state. "xie2019" steps by max(1/255, eps/steps), so
-    that a short attack can reach the edge of the ball, and starts 20% of training batches clean (Xie et al.
-    2019).
+    The step of "sparta" is always 1/255, as the SPARTA papers state. That of "xie2019" is max(1/255, eps/steps), so
+    that a short attack can reach the edge of the ball; 20% of its training batches start clean (Xie et al. 2019).
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.

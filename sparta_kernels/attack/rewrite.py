@@ -25,14 +25,14 @@ _NORMALISATION = (*NORMS, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
 
 @dataclass(frozen=True)
 class Report:
-    """What preparing did to a model. Modules are called as in `model.named_modules()`.
+    """What `prepare` did to a model. Modules are named as in `model.named_modules()`.
 
     Attributes:
         folded: pairs (BatchNorm, convolution that it was folded into).
-        relus: how many ReLUs became fused ones, which keep a bit an element.
-        sums: how many additions were fused, into a ReLU or into the activation behind them.
-        prepared: modules that prepared themselves (their `prepare_for_attack`).
-        left: modules that stayed as they are, and why.
+        relus: how many ReLUs were replaced by fused ones, which save one bit per element.
+        sums: how many additions were fused into the ReLU or other activation after them.
+        prepared: modules that provided their own form (`prepare_for_attack`).
+        left: modules that were left alone, and why.
     """
 
     folded: tuple[tuple[str, str], ...]

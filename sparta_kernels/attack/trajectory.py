@@ -18,21 +18,21 @@ from .prepare import Prepared, check_precision, prepare
 
 @dataclass(frozen=True)
 class PGDResult:
-    """What an attack on N images gives.
+    """The result of an attack on N images.
 
     Attributes:
-        adversarial: the last iterate (N, C, H, W), dtype and memory format of the images.
+        adversarial: the last iterate (N, C, H, W), in dtype and memory format as the images.
         targets: the class each image was driven towards, int64 (N,); None for an untargeted attack.
-        predictions: for each reported iterate, in rising order, the predicted classes, int64 (N,), in float32
-            whatever the attack's precision.
+        predictions: for each reported iterate, in ascending order, the predicted classes, int64 (N,), computed in
+            float32 whatever the attack's precision.
         hits: for each reported iterate, whether the prediction is the target, bool (N,); empty if untargeted.
         losses: cross-entropy to the target (untargeted: to the label, or the distribution given) at every iterate
             0..steps, (steps + 1, N), in the attack's precision.
-        engine: what ran the iterations, and why that.
+        engine: what ran the iterations, and why it was chosen.
 
-    Of several restarts these are the worst: predictions[k] is that of the first restart that is misclassified at
-    iterate k, else of the first one; hits[k] tells whether any restart hit its target; adversarial, targets and
-    losses are those of the first restart that is misclassified in the end, else of the first one.
+    With several restarts, each image has its worst result. predictions[k] comes from the first restart misclassified at
+    iterate k, else from the first one. hits[k] tells whether any restart hit its target. adversarial, targets and
+    losses come from the first restart misclassified at the last iterate, else from the first one.
     """
 
     adversarial: Tensor
@@ -55,7 +55,7 @@ class NotFinite(ValueError):
 
 
 class Trajectory:
-    """The checked arguments of an attack, which can be run from several starts. Errors as in `pgd`, or `where`."""
+    """The checked arguments of an attack, for several starts. Errors are `pgd`'s, named `where`."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Trajectory:
         self.engine = engines.choose(engine, self.model, images.device)
 
     def run(self, restart: int, reported: tuple[int, ...] | None, progress: Callable[[int], None] | None) -> PGDResult:
-        """One trajectory. Where `reported` is None it ends with the last step, unseen by the model."""
+        """Run one trajectory. If `reported` is None it ends with the last step, without a forward pass after it."""
         if not len(self.images):
             return self._nothing(reported or ())
         predictions: dict[int, Tensor] = {}
@@ -154,7 +154,7 @@ class Trajectory:
         )
 
     def _goal(self, classes: int, restart: int) -> Tensor:
-        """What the cross-entropy to is driven down (targeted) or up, checked against the model's classes."""
+        """The classes or distributions of the loss, checked against the model's number of classes."""
         labels, targets = self.labels, self.targets
         checks.within("pgd", "labels", labels, classes)
         if not self.step.targeted:
@@ -209,7 +209,7 @@ def _without_nan(losses: Tensor) -> Tensor:
 
 
 def worst(one: PGDResult, other: PGDResult, labels: Tensor, last: int) -> PGDResult:
-    """The worse of two restarts for each image, the first where they are alike. Both know the iterate `last`."""
+    """The worse of two restarts for each image; the first in a tie. Both have reported the iterate `last`."""
 
     def better(k: int) -> Tensor:  # images that only the other restart gets misclassified
         return (one.predictions[k] == labels) & (other.predictions[k] != labels)
@@ -230,7 +230,7 @@ def worst(one: PGDResult, other: PGDResult, labels: Tensor, last: int) -> PGDRes
 
 @contextmanager
 def _attack_mode(model: nn.Module, device_type: str) -> Iterator[None]:
-    """Gradients on, autocast off, parameters frozen; afterwards, whatever happened, all as it was."""
+    """Gradients on, autocast off, parameters frozen; everything is restored afterwards, also after an error."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
         try:

@@ -1,4 +1,4 @@
-"""Modules: SPARTA, activations by name, and the ResNets that they are tried in."""
+"""Modules: SPARTA, other activations by name, and the ResNets that use them."""
 
 from .activations import ACTIVATIONS, make_activation, parse_activation
 from .dyrelu import DyReLU

@@ -88,10 +88,10 @@ ACTIVATIONS = tuple(_ACTIVATIONS)
 
 
 def make_activation(activation: str, channels: int) -> nn.Module:
-    """The activation that a string describes, for feature maps ``(N, channels, H, W)``.
+    """Make the activation that a string describes, for feature maps ``(N, channels, H, W)``.
 
     The string is a name, or a name with options: ``"sparta"``, ``"sparta:share=2"``,
-    ``"prelu:channelwise=true,init=0.1"``. Options are those of the module, values are numbers, true, false, or a word.
+    ``"prelu:channelwise=true,init=0.1"``. Options are those of the module; values are numbers, true, false, or a word.
 
     =================  ==============================  ===========================================================
     name               options                         module
@@ -115,7 +115,7 @@ def make_activation(activation: str, channels: int) -> nn.Module:
     =================  ==============================  ===========================================================
 
     The papers' "SmReLU" in Table 6 (v2), ResNet-18 under adversarial training, has the numbers of "swish" in Table 5:
-    30.38, 68.65 and 76.21 %. Which of the two was run cannot be told from them, so both are here.
+    30.38, 68.65 and 76.21 %. The numbers do not tell which of the two was run, so both are here.
 
     Raises:
         TypeError: activation is not a string, or channels not an integer.

@@ -17,11 +17,11 @@ fx.wrap("dyrelu")
 class DyReLU(nn.Module):
     """DyReLU-B (Chen et al., 2020): ``y[n, c] = max_k a[n, c, k] * x[n, c] + b[n, c, k]``.
 
-    With ``t = 2 * sigmoid(fc2(relu(fc1(mean_p(x))))) - 1``, 2k numbers for each channel, the slopes are
+    With ``t = 2 * sigmoid(fc2(relu(fc1(mean_p(x))))) - 1``, 2k numbers per channel, the slopes are
     ``a = (1, 0, ..., 0) + t[:, :, :k]`` and the intercepts ``b = 0.5 * t[:, :, k:]``. Names, normalisation and factors
-    are those of Islanna/DynamicReLU (dyrelu.py, ``DyReLUB``). microsoft/DynamicHead has a hard sigmoid instead.
+    are those of Islanna/DynamicReLU (dyrelu.py, ``DyReLUB``). microsoft/DynamicHead uses a hard sigmoid instead.
 
-    The SPARTA papers do not tell k: the paper of DyReLU takes 2, and the sizes in their Table 6 want 3.
+    The SPARTA papers do not give k. DyReLU's paper uses 2; the sizes in the SPARTA papers' Table 6 imply 3.
 
     Args:
         channels: C of the input.

@@ -17,17 +17,17 @@ class FeatureDenoising(nn.Module):
     channels, ``m[:, i] = sum_j softmax_j(t[:, i] . p[:, j] / sqrt(C')) r[:, j]`` over the positions i and j of an
     image. All three convolutions are 1x1 and have no biases.
 
-    As facebookresearch/ImageNet-Adversarial-Training has it (resnet_model.py, ``denoising`` and ``non_local_op``), down
-    to the division by sqrt(C') and the start: theta and phi from a normal distribution of deviation 0.01, bn's weight
-    0, so that a new module is a ReLU. There the block stands behind the last residual block of every group. The SPARTA
-    papers do not say more than "equipping"; in place of a block's last ReLU, at their sites, is that very place.
+    This follows facebookresearch/ImageNet-Adversarial-Training (resnet_model.py, ``denoising`` and ``non_local_op``),
+    down to the division by sqrt(C') and the initialisation: theta and phi from a normal distribution of deviation 0.01,
+    bn's weight 0, so that a new module is a ReLU. There the block follows the last residual block of every group. The
+    SPARTA papers only say "equipping"; replacing a block's last ReLU, at their sites, puts it in that same place.
 
-    Every position is compared with every other: time, and where torch has no fused attention memory, grow with
-    (H * W) squared.
+    Every position is compared with every other. Time grows with (H * W) squared, and so does memory where torch has no
+    fused attention.
 
     Args:
         channels: C of the input.
-        hidden: C'; by default half of C, and at least 1.
+        hidden: C'; by default half of C, at least 1.
 
     Shapes:
         x ``(N, C, H, W)``, of the parameters' dtype -> y, of the same.

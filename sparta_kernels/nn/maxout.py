@@ -10,13 +10,13 @@ fx.wrap("check_feature_map")
 
 
 class MaxOut(nn.Module):
-    """The largest of k learned linear functions of a position's channels (Goodfellow et al., 2013).
+    """The maximum of k learned linear functions of a position's channels (Goodfellow et al., 2013).
 
     ``y[n, c, h, w] = max_i (W_i x[n, :, h, w] + b_i)[c]``, as one 1x1 convolution C -> k * C, whose channels
     ``i * C .. (i + 1) * C - 1`` are the i-th function's.
 
-    A relative of DyReLU, whose functions are one multiplication a channel but differ from sample to sample. The papers
-    name it and do not run it.
+    DyReLU is related: its functions are one multiplication per channel, but differ between samples. The SPARTA papers
+    name MaxOut without evaluating it.
 
     Args:
         channels: C of the input.

@@ -13,7 +13,7 @@ fx.wrap("swish_relu")
 
 
 class SwishReLU(nn.Module):
-    """``y = relu(x) * sigmoid(x)``: Swish where x > 0, else 0 (Swish-ReLU in Table 5 of the later SPARTA paper).
+    """``y = relu(x) * sigmoid(x)``: Swish if x > 0, else 0 (Swish-ReLU in Table 5 of the later SPARTA paper).
 
     x of any shape -> y, of x's shape, dtype and memory format; see `sparta_kernels.swish_relu`.
     """
@@ -23,15 +23,15 @@ class SwishReLU(nn.Module):
 
 
 class SmoothReLU(nn.Module):
-    """``y = x - log(beta * x + 1) / beta`` where x > 0, else 0; ``beta = b * b`` is learned (Xie et al., 2020).
+    """``y = x - log(beta * x + 1) / beta`` if x > 0, else 0; ``beta = b * b`` is learned (Xie et al., 2020).
 
-    As cihangxie/SmoothAdversarialTraining has it (ResNet/resnet_model.py, ``smoothrelu_fn``): one b for all channels,
-    which starts at 20, so that beta starts at 400. Weight decay acts on b like on any parameter.
+    As in cihangxie/SmoothAdversarialTraining (ResNet/resnet_model.py, ``smoothrelu_fn``), there is one b for all
+    channels. It starts at 20, so beta starts at 400. Weight decay acts on b as on any parameter.
 
     x of any shape -> y, of x's shape, dtype and memory format; see `sparta_kernels.smooth_relu`.
 
     Args:
-        b: what the parameter ``b (1,)`` starts from.
+        b: initial value of the parameter ``b (1,)``.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.

@@ -29,7 +29,7 @@ class Replaced:
     """One ReLU that was replaced.
 
     Attributes:
-        name: of the module that now stands in its place, as in `model.named_modules()`.
+        name: of the module that replaced it, as in `model.named_modules()`.
         channels: of its input.
         was: what was called there before.
     """
@@ -46,8 +46,8 @@ class Replacement:
     Attributes:
         activation: as given.
         replaced: the ReLUs that were replaced, in the order of execution.
-        left: the others by name, and why each was left.
-        parameters: how many the model has gained.
+        left: the other ReLUs by name, and why each was left.
+        parameters: how many parameters the model has gained.
     """
 
     activation: str
@@ -75,39 +75,39 @@ def replace_relu(
     *,
     example: Tensor | None = None,
 ) -> Replacement:
-    """Put an activation in the place of ReLUs of a network, in place.
+    """Replace ReLUs of a network by another activation, in place.
 
-    The network runs once on an example, to see which ReLUs it calls, modules or functions, with how many channels. A
-    block is a part of a Sequential (or ModuleList, ModuleDict) whose parts are all of one class that is not torch's,
-    and these make a group: ``layer1`` to ``layer4`` of a ResNet.
+    The network runs once on an example, to find which ReLUs it calls, modules or functions, with how many channels. A
+    group is a Sequential (or ModuleList, ModuleDict) whose parts are all of one class that is not torch's, such as
+    ``layer1`` to ``layer4`` of a ResNet; its parts are blocks.
 
-    A ReLU module that is called at one place is replaced under its name. Where a forward calls one ReLU several times,
-    as torchvision's blocks do, or a function, only the call that is meant changes: the block gets a new part, ``act2``
-    for its second ReLU, and its forward is traced (torch.fx) and calls that. The block stays the same object, of a
-    subclass of its class; copies, pickles and state dicts work as before. What its forward decides by the values of its
-    other attributes is fixed from then on. The network must compute the same with other ReLUs at the places that are
-    meant, before the activation is put there.
+    A ReLU module that is called in one place is replaced under its name. If a forward calls one ReLU several times, as
+    torchvision's blocks do, or calls a function, only the selected call changes: the block gets a new submodule,
+    ``act2`` for its second ReLU, and its forward is traced (torch.fx) to call it. The block stays the same object, of a
+    subclass of its class; copies, pickles and state dicts work as before. Branches of its forward on its other
+    attributes are fixed from then on. Before the activation is put in, the network is checked to compute the same with
+    new ReLUs at the selected places.
 
-    New modules have the device, dtype and training mode of what surrounds them, and parameters as they start: train
-    them, or load some. An optimiser must be given them.
+    New modules take the device, dtype and training mode of their surroundings. Their parameters are newly initialised:
+    train them, or load some, and give them to the optimiser.
 
     Args:
         model: takes images and is neither compiled nor wrapped for DistributedDataParallel yet.
         activation: a string for `make_activation`.
         where: which ReLUs. "last-of-group": in every group the last one, in its last block (the papers' sites in a
-            ResNet-18); "last-of-block": the last one of every block of the groups; both for a model in which nothing
-            has been replaced yet. Or a function that is asked for every ReLU of a feature map,
-            ``where(name, channels)``, by the name that the report would have.
-        example: images that the model takes, on its device; by default a random one with as many channels as the first
-            convolution wants, of 32 pixels a side, or else 64, 224 or 299.
+            ResNet-18); "last-of-block": the last one of every block of the groups; both need a
+            model in which nothing has been replaced yet. Or a function ``where(name, channels)``, called for every ReLU
+            of a feature map with the name that the report would use.
+        example: images that the model takes, on its device. By default a random one with the channels that the first
+            convolution expects and 32 pixels a side, or else 64, 224 or 299.
 
     Returns:
-        what was replaced and what not, and why; to be printed.
+        What was replaced and what was not, and why; print it.
 
     Raises:
         TypeError: an argument is not of the type above.
         ValueError: an argument does not fit, the model does not run on the example or has no groups, or nothing could
-            be replaced. The model is then as it was.
+            be replaced. The model is then unchanged.
     """
     _check(model, where, example)
     make_activation(activation, 1)  # an unknown one is an error before anything runs

@@ -23,8 +23,8 @@ def parse_sites(sites: str, blocks: Sequence[int] = (2, 2, 2, 2)) -> frozenset[t
     """The (group, block) pairs, both counted from 1, that a sites string names.
 
     The papers' notation: "G1.B2" is the second block of the first group, "G1234.B12" both blocks of all four
-    groups. Terms joined by commas add up ("G14.B3,G2.B4,G3.B6" is the end of every group of a ResNet-34);
-    "" and "none" are no site at all.
+    groups. Terms are joined by commas ("G14.B3,G2.B4,G3.B6" is the end of every group of a ResNet-34);
+    "" and "none" mean no site.
 
     Args:
         sites: the string.
@@ -32,7 +32,7 @@ def parse_sites(sites: str, blocks: Sequence[int] = (2, 2, 2, 2)) -> frozenset[t
 
     Raises:
         TypeError: sites is not a string.
-        ValueError: it does not follow the grammar, names a group or block that is not there, or one twice.
+        ValueError: it does not follow the grammar, names a group or block that does not exist, or one twice.
     """
     allowed = '"G<groups>.B<blocks>" such as "G1234.B2", "" or "none"'
     if not isinstance(sites, str):
@@ -89,17 +89,17 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """A ResNet of basic blocks for small images: 3x3 stem, no pooling before the end, normalisation included.
 
-    The normalisation ``(x - mean) / std`` lives in the model, in the buffers ``mean`` and ``std``, so that an
-    attack works on pixels. Parameter names are those of kuangliu/pytorch-cifar, and SPARTA's are in ``act2``.
+    The model itself normalises, ``(x - mean) / std`` with the buffers ``mean`` and ``std``, so that an attack works on
+    pixels. Parameter names are those of kuangliu/pytorch-cifar; SPARTA's are in ``act2``.
 
     Args:
         blocks: number of blocks in each of the four groups.
         num_classes: size of the output.
-        activation: what stands at the sites, a string for `make_activation`; ReLU everywhere else.
-        sites: where, see `parse_sites`.
+        activation: used at the sites, a string for `make_activation`; ReLU everywhere else.
+        sites: where the activation is used, see `parse_sites`.
         width: channels of the first group; the others have 2, 4 and 8 times as many.
         in_channels: channels of the images.
-        mean, std: of the pixels, one number or one a channel; std above 0. By default nothing is normalised.
+        mean, std: of the pixels, one number, or one per channel; std above 0. By default nothing is normalised.
 
     Shapes:
         x ``(N, in_channels, H, W)``, images in pixel units -> logits ``(N, num_classes)``.

@@ -18,13 +18,13 @@ from .whole import folded, is_one_operation
 class Sparta(nn.Module):
     """Spatially attentive, adversarially robust activation: ``y = relu(x) * sigmoid(s (x) c)`` (Eq. 3, 5, 8).
 
-    The papers' Fig. 2 names the convolutions and their sizes; normalisation, the inner ReLUs and the pooling
-    are our reading. With P = H * W positions, C = channels, Co = hidden and K = kernel_size:
+    The papers' Fig. 2 gives the convolutions and their sizes. Normalisation, inner ReLUs and pooling are our
+    interpretation. With P = H * W positions, C = channels, Co = hidden and K = kernel_size:
 
         CANet   h1 = relu(bn1(conv1(x)))  C -> Co    c = conv2(mean_p(h1))            Co -> C
         SANet   h3 = relu(bn3(conv3(x)))  C -> Co    a = conv4(h3)                    Co -> 1
         DPNet   h6 = relu(bn6(conv6(h3))) Co -> Co   kernel = predict(mean_p(h6))     Co -> K*K
-        s = conv5(a; kernel), a K x K convolution of its own for every sample
+        s = conv5(a; kernel), a K x K convolution with each sample's own kernel
 
     Args:
         channels: C of the input.
@@ -32,8 +32,8 @@ class Sparta(nn.Module):
             earlier one).
         kernel_size: K, odd. At 3 the convolutions are 3x3 and padded, and conv2 runs before the mean.
         dynamic: False for "SPARTA-w/o-DPNet": Conv5 is one learned kernel, the parameter ``conv5 (K, K)``,
-            and there is no conv6, bn6 and predict.
-        share: N of Eq. 6: blocks of N x N positions (cut off at the border) share the mean of their s.
+            and there are no conv6, bn6 and predict.
+        share: N of Eq. 6: blocks of N x N positions (smaller at the border) share the mean of their s.
 
     Shapes:
         x ``(N, C, H, W)``, float64, float32, bfloat16 or float16 -> y, of x's shape, dtype and memory format.

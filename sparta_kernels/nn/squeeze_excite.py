@@ -14,7 +14,8 @@ fx.wrap("check_feature_map")
 class SqueezeExcite(nn.Module):
     """``r = relu(x)``, ``y = r * sigmoid(fc2(relu(fc1(mean_p(r)))))``: ReLU, then the attention of Hu et al. (2018).
 
-    A relative of SPARTA: attention over channels, and none over positions. The papers name it and do not run it.
+    It is related to SPARTA, with attention over channels and none over positions. The SPARTA papers name it without
+    evaluating it.
 
     Args:
         channels: C of the input.
