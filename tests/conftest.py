@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 import os
@@ -12,6 +13,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+
+# Threads that wait leave the core to other processes. Read when torch is imported, also by what the tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
@@ -70,12 +74,22 @@ if torch.cuda.is_available():
     BACKENDS += [Computed(name, None, "cuda") for name, devices in backends.DEVICES.items() if "cuda" in devices]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test of a backend on a GPU is one of those that need a GPU."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test of a backend on a GPU is one of those that need a GPU.
+
+    Coverage, which doubles the time, is that of a test's first case for each backend: the others add next to nothing.
+    """
+    covers, covered = config.pluginmanager.hasplugin("_cov"), set()
     for item in items:
         computed = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        if isinstance(computed, Computed) and computed.device == "cuda":
+        if not isinstance(computed, Computed):
+            computed = None
+        elif computed.device == "cuda":
             item.add_marker(pytest.mark.gpu)
+        case = item.path, getattr(item, "originalname", item.name), computed and computed.backend
+        if covers and case in covered:
+            item.add_marker("no_cover")
+        covered.add(case)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -135,6 +149,13 @@ def _as_found() -> Iterator[None]:
     assert backends._requested == requested, "the test left another backend"
     assert extension.kernels.isa() == isa, "the test left another instruction set"
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _garbage_is_young() -> None:
+    """Garbage is looked for among what a module's tests make: to search all that was there takes half a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
