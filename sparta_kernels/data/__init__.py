@@ -18,20 +18,20 @@ DATASETS = {dataset.name: dataset for dataset in (DIGITS, CIFAR10, SVHN, TINY_IM
 
 
 def describe(name: str) -> Dataset:
-    """The facts of the data set called `name`: classes, shape, mean and std. ValueError if unknown."""
+    """The description of the data set called `name`: classes, shape, mean and std. ValueError if unknown."""
     if not isinstance(name, str) or name not in DATASETS:
         raise ValueError(f"data: name must be one of {', '.join(DATASETS)}, got {name!r}")
     return DATASETS[name]
 
 
 def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "train") -> tuple[Tensor, Tensor]:
-    """One split of a data set.
+    """Read one split of a data set.
 
     Args:
         name: "digits" (scikit-learn's 1797 handwritten digits of 8x8: 1437 to train, 360 to test,
             stratified), "cifar10", "svhn" or "tiny-imagenet", whose validation images are its test split.
-        root: folder with the data set's files, as `sparta data fetch` leaves them or extracted, or with a
-            folder of the data set's name that has them; digits need none.
+        root: folder that has the data set's files, as `sparta data fetch` leaves them or extracted, or has them in a
+            folder of the data set's name; digits need none.
         split: "train" or "test".
 
     Returns:
@@ -39,7 +39,7 @@ def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "tr
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        DataError: a file is missing, damaged or not what it should be; the message says what to put where.
+        DataError: a file is missing, damaged or of the wrong kind; the message says what to put where.
         ImportError: the data set needs a package that is not installed.
     """
     dataset = describe(name)

@@ -9,16 +9,16 @@ from .. import reference
 
 
 def augment(images: Tensor, indices: Tensor, *, seed: int, epoch: int, crop: int, flip: bool) -> Tensor:
-    """Training images moved and mirrored at random, as He et al. (2016) train on CIFAR-10.
+    """Crop and mirror training images at random, as He et al. (2016) do for CIFAR-10.
 
-    Each image gets `crop` pixels of zeros on every side, a window of its own size is cut out of that, every place
-    as likely as another, and with probability 1/2 the window is mirrored left to right. The randomness belongs to
-    the image: Philox4x32-10 as in `reference.uniform`, keyed by the seed and counted by index and epoch. So it is
-    the same on every device, in every batch and order, and in every process.
+    Each image is padded with `crop` zero pixels on every side, and a window of its own size is cut out at a uniformly
+    random place. With probability 1/2 the window is mirrored left to right. The random numbers are Philox4x32-10's, as
+    in `reference.uniform`, keyed by the seed and counted by index and epoch. So they are the same on every device, in
+    every batch and order, and in every process.
 
     Args:
         images: uint8 (N, C, H, W).
-        indices: (N,) integers, the images' numbers in their data set, on any device; best left on the CPU.
+        indices: (N,) integers, the images' indices in their data set, on any device; preferably on the CPU.
         seed: in [0, 2**64).
         epoch: in [0, 2**24).
         crop: in [0, min(H, W)).

@@ -12,22 +12,22 @@ SPLITS = ("train", "test")
 
 
 class DataError(OSError):
-    """A file of a data set is missing, damaged or not what it should be; the message says what to put where."""
+    """A data set's file is missing, damaged or of the wrong kind; the message says what to put where."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set's facts, and the function that reads it.
+    """A data set's description, and the function that reads it.
 
     Attributes:
-        name: what it is called in `load` and on the command line.
+        name: its name in `load` and on the command line.
         classes: number of classes.
         shape: (C, H, W) of its images.
         mean, std: of each channel over the training images in [0, 1], for the normalisation inside a model.
         read: (root, split) -> uint8 images (N, C, H, W) and int64 labels (N,).
-        train_images, test_images: how many there are, 0 where nobody counted.
-        crop: pixels of zeros around a training image before one of its own size is cut out at random; 0: none.
-        flip: whether a training image may be mirrored, left to right.
+        train_images, test_images: how many there are; 0 if unknown.
+        crop: zero pixels padded around a training image before a random crop of its own size; 0 for none.
+        flip: whether a training image may be mirrored, left to right, in augmentation.
     """
 
     name: str

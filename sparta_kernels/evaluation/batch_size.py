@@ -1,4 +1,4 @@
-"""How many images to attack at once: as many as help, and as memory holds."""
+"""How many images to attack at once: as many as help and fit in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRIALS = (4, 16)  # images
 
 
 class BatchSize(NamedTuple):
-    """A number of images, and why this one."""
+    """A number of images, and the reason for it."""
 
     images: int
     reason: str
@@ -27,15 +27,15 @@ class BatchSize(NamedTuple):
 def find_batch_size(
     attack: Callable[[int], object], count: int, device: torch.device, processes: int = 1, *, sharers: int = 1
 ) -> BatchSize:
-    """A batch size for attacking `count` images in equal batches, with little padding.
+    """Find a batch size for attacking `count` images in equal batches, with little padding.
 
-    Two small attacks tell what an image costs: a line through their peaks. Where it cannot be measured, or is
-    lost in the noise, memory is no limit.
+    The memory per image is the slope between the peaks of two small attacks. If it cannot be measured, or is lost in
+    noise, memory sets no limit.
 
     Args:
-        attack: attacks its argument's number of images, 1..`count`, one step far.
+        attack: called with a number of images, 1..`count`, which it attacks with one step.
         count: images in all, at least 1.
-        device: where.
+        device: where the attack runs.
         processes: how many share the images.
         sharers: how many of them share this memory.
     """

@@ -56,37 +56,38 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a network on clean images and under the PGD attack of `attack.pgd`.
 
-    Every batch has equally many images: the last is filled up with copies of its first, whose results are dropped.
-    Rounding depends on the shape of a batch and on the number of threads, so results are bit for bit the same only
-    for equal ones; then they are, however often a run is stopped and resumed, and however many processes share it.
-    (On a GPU a network's own operations may still add up in any order; convolutions then do not.)
+    All batches have the same size: the last is padded with copies of its first image, whose results are dropped.
+        Rounding
+    depends on the batch size and the number of threads. For equal ones results are the same bit for bit, however often
+    a run is stopped and resumed, and however many processes share it. (On a GPU a network's own operations may still
+    add in any order; convolutions are made to add in a fixed one.)
 
     The process keeps the memory that it frees meanwhile (`sparta_kernels.keep_freed_memory`). Where
     torch.distributed has a process group, its processes share the batches: each must call this with the same
     arguments (but its own device), and gets the whole result.
 
     Args:
-        model: in eval mode; takes images in [0, 1], returns (N, classes) logits. It is prepared
-            (`attack.prepare`), unless it is already.
+        model: in eval mode; takes images in [0, 1], returns (N, classes) logits. It is prepared (`attack.prepare`)
+            unless it already is.
         images: (N, C, H, W) with N >= 1; uint8 (divided by 255), or float32 in [0, 1].
         labels: (N,), any integer dtype.
         eps, step_size, steps, report_at, targeted, restarts, seed, engine: as in `attack.pgd`; eps and step_size
             are in pixel units.
-        precision: in which gradients are computed: one of `attack.PRECISIONS`. None: "fp32", or what the model was
-            prepared for. Predictions, of clean images too, are always computed in fp32.
-        batch_size: images in a batch, at most. None: that of the run that is resumed; else as many as memory holds
-            and help (`find_batch_size`), in equal batches.
-        indices: (N,) places of the images in their data set, which key the attack's randomness. None: 0..N-1.
+        precision: of the gradients, one of `attack.PRECISIONS`. None: "fp32", or what the model was prepared for.
+            Predictions, also of clean images, are always computed in fp32.
+        batch_size: most images in a batch. None: that of the resumed run, else as many as help and fit in memory
+            (`find_batch_size`), in equal batches.
+        indices: (N,) indices of the images in their data set, which determine the attack's randomness. None: 0..N-1.
         backend: what computes this package's operations: "auto", "reference", "native", ...
-        parity_images: on how many of the first images a precision other than fp32 is compared with it: they are
-            attacked in fp32 too. 0 for none.
-        parity_tolerance: how many percentage points the errors may differ there at the last reported iterate;
-            whether they do is in the result (`Parity.passed`).
-        outcomes: a file (.npz) to keep every image's outcome in, see `Outcomes`; written after each batch, whole.
-            With several processes each keeps its own beside it until all are done.
-        resume: go on from that file, if it is there; its settings, the model's weights and the images must be the
+        parity_images: number of first images that are attacked in fp32 too, to compare another precision with it. 0 for
+            none.
+        parity_tolerance: how many percentage points the errors may differ there at the last reported iterate; the
+            result tells whether they do (`Parity.passed`).
+        outcomes: a file (.npz) for every image's outcome, see `Outcomes`; rewritten as a whole after each batch. With
+            several processes, each writes its own beside it until all are done.
+        resume: continue from that file, if it exists; its settings, the model's weights and the images must be the
             same.
-        overwrite: begin anew though the file exists.
+        overwrite: start anew although the file exists.
         progress: called at the start, after each model pass, and after each batch.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What came out for every image, in a file that is whole at any moment and from which a run goes on."""
+"""The outcome for every image, in a file that is intact at any moment and from which a run can resume."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ FORMAT = "sparta_kernels outcomes 1"
 
 
 class OutcomesError(ValueError):
-    """A file that a run cannot go on from; the message says what is wrong with it."""
+    """A file that a run cannot resume from; the message says what is wrong with it."""
 
 
 class Outcomes:
-    """The outcome of an evaluation for each of N images, as far as it is known.
+    """The outcomes of an evaluation for N images, as far as they are known.
 
     Attributes:
-        settings: what decides the outcomes, bit for bit, as JSON can hold it.
-        arrays: by name, all of them plain numbers, K iterates being reported:
+        settings: everything that decides the outcomes, bit for bit; JSON-serialisable.
+        arrays: plain numeric arrays by name, for K reported iterates:
 
             - `index`, int64 (N,): the image's place in its data set; `label`, int64 (N,);
-            - `done`, bool (N,): whether the outcome is known. Where it is not, what follows is zero;
-            - `clean`, int64 (N,): the class predicted for the image as it is;
+            - `done`, bool (N,): whether the outcome is known. If not, the arrays below are zero;
+            - `clean`, int64 (N,): the class predicted for the clean image;
             - `target`, int64 (N,): the class it was driven towards, -1 in an untargeted attack;
             - `report_at`, int64 (K,): the reported iterates; `prediction`, int64 (N, K): the class predicted
-              there; `hit`, bool (N, K): whether the attack got its target, in any of its restarts;
+              there; `hit`, bool (N, K): whether the attack hit its target, in any of its restarts;
             - `loss`, float32 (N, steps + 1): cross-entropy to the target (untargeted: the label);
             - `parity_done`, bool (M,), `parity_prediction`, int64 (M, K): of an fp32 attack on the first M
-              images. M is 0 where the attack itself is in fp32.
+              images. M is 0 if the attack itself is in fp32.
     """
 
     RESULTS = ("done", "clean", "target", "prediction", "hit", "loss")

@@ -13,13 +13,13 @@ from .outcomes import Outcomes
 
 @dataclass(frozen=True)
 class Parity:
-    """A lower precision beside fp32: the same attack in both, on the first images.
+    """A lower precision compared with fp32: the same attack in both, on the first images.
 
     Attributes:
         images: how many.
         tolerance: largest difference allowed at the last reported iterate, in percentage points.
         errors: of the fp32 attack at each reported iterate, as shares of these images.
-        differences: at each, the error under the lower precision minus that under fp32, in percentage points.
+        differences: at each, the error in the lower precision minus that in fp32, in percentage points.
     """
 
     images: int
@@ -40,28 +40,28 @@ class Parity:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation of N images found. Every error is a share, 0..1, of the images misclassified.
+    """The result of evaluating N images. Every error is the share, 0..1, of images misclassified.
 
     Attributes:
         images: N.
-        clean_error: on the images as they are.
-        errors: at each reported iterate of the attack: PGD-k by k. With restarts, the share misclassified in any.
+        clean_error: on the clean images.
+        errors: at each reported iterate of the attack, PGD-k by k. With restarts, the share misclassified in any.
         target_success: at each reported iterate, the share of images classified as their target class, in any
             restart; empty for an untargeted attack.
-        attacked: how many of the N were attacked now; the others' outcomes were there before a resume.
-        images_per_second: of those, clean pass and whole attack together, after a warm-up; None if there are none.
-        seconds: what that took. With several processes, the slowest.
-        peak_memory: bytes, most that was held during it: on a CPU the resident set of the process, on a GPU
-            torch's tensors; None where it cannot be measured. With several processes, the largest.
+        attacked: how many of the N were attacked in this run; the others' outcomes were resumed.
+        images_per_second: of those, clean pass and attack together, after a warm-up; None if there are none.
+        seconds: time taken. With several processes, that of the slowest.
+        peak_memory: bytes: on a CPU the process's resident set at its largest, on a GPU that of torch's tensors; None
+            where it cannot be measured. With several processes, the largest.
         loss_mean, loss_std: over the images, the cross-entropy to the target class (untargeted: to the label) at
             every iterate 0..steps.
         restarts: of the attack.
         precision: in which its gradients were computed.
-        engine, engine_reason: what ran the attack, and why that.
+        engine, engine_reason: what ran the attack, and why it was chosen.
         batch: images attacked at once, and why so many.
         threads: of the CPU, in each process.
         processes: how many shared the images.
-        parity: how the precision compares with fp32; None where it was not asked for, or is fp32.
+        parity: how the precision compares with fp32; None if not requested, or if it is fp32.
     """
 
     images: int

@@ -18,15 +18,15 @@ from .store import Store
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a process is with its share.
+    """A process's progress through its share.
 
     Attributes:
         done, total: model passes.
         batch: images attacked at once, and why so many.
-        images: how many's outcome is known, those from before a resume included.
+        images: number of images whose outcome is known, including those from before a resume.
         images_per_second: of the batches done now; None before the first.
-        clean_error, robust_error: shares of those images misclassified, as they are and at the last reported
-            iterate; None if there are none yet.
+        clean_error, robust_error: shares of those images misclassified, clean and at the last reported iterate;
+            None if there are none yet.
     """
 
     done: int

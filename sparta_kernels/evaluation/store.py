@@ -95,7 +95,7 @@ class Store:
 
 
 def stored(path: Path) -> list[Path]:
-    """What there is of the outcomes kept in `path`: the file, and those that several processes left beside it."""
+    """The files that hold the outcomes of `path`: the file itself, and those that several processes left beside it."""
     return [file for file in (path, *_parts(path)) if file.exists()]
 
 

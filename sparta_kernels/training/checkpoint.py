@@ -26,7 +26,7 @@ WEIGHTS = ("auto", "last", "ema")
 
 
 class CheckpointError(ValueError):
-    """A file that is not a whole checkpoint of this package; the message says what is wrong with it."""
+    """A file that is not an intact checkpoint of this package; the message says what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Checkpoint:
     """A checkpoint as read.
 
     Attributes:
-        metadata: its description.
+        metadata: the description of the run.
         model: the network in eval mode, with the weights after the last update.
         momentum: SGD's, by parameter name; empty in a run without.
         ema: the moving average of the network's state, by name; empty in a run without.
@@ -47,10 +47,10 @@ class Checkpoint:
 
 
 def build_model(name: str, arguments: dict[str, Any]) -> ResNet:
-    """The network called `name`, "resnet18" or "resnet34", with these keyword arguments.
+    """Build the network called `name`, "resnet18" or "resnet34", with these keyword arguments.
 
     Raises:
-        TypeError, ValueError: the name or an argument is not one that the network takes.
+        TypeError, ValueError: the name is unknown, or the network does not take an argument.
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
@@ -65,12 +65,12 @@ def save_checkpoint(
     metadata: dict[str, Any],
     ema: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint atomically: the file at `path` is the old one or the whole new one.
+    """Write a checkpoint atomically: the file at `path` is either the old one or the complete new one.
 
     Args:
         model: its `state_dict` is stored as `model.*`.
         momentum: SGD's momentum of each parameter by its name, stored as `momentum.*`.
-        metadata: what JSON can hold, with at least the keys that `load_checkpoint` describes.
+        metadata: JSON-serialisable, with at least the keys that `load_checkpoint` describes.
         ema: the average of that state, stored as `ema.*`.
 
     Raises:
@@ -118,7 +118,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The description in a checkpoint, without its tensors. Errors as in `read_checkpoint`."""
+    """Read a checkpoint's metadata, without its tensors. Errors as in `read_checkpoint`."""
     path = _existing(path)
     with _opened(path) as file:
         return _metadata(path, file.metadata() or {})
@@ -127,13 +127,13 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 def load_checkpoint(
     path: str | os.PathLike[str], device: torch.device | str = "cpu", weights: str = "auto"
 ) -> tuple[ResNet, dict[str, Any]]:
-    """The network in a checkpoint, in eval mode on `device`, and the description of its run.
+    """Load the network in a checkpoint, in eval mode on `device`, and its metadata.
 
     Args:
         path: the file.
-        device: where the network is wanted.
-        weights: "last" (those after the last update), "ema" (their moving average) or "auto": the average where the
-            run kept one.
+        device: where to put the network.
+        weights: "last" (those after the last update), "ema" (their moving average) or "auto": the average if the run
+            kept one.
 
     Returns:
         The model, and a dict: `model` (`name`, `arguments`), `settings`, `epoch` (how many are done), `history`

@@ -1,4 +1,4 @@
-"""A run's configuration as a TOML file: a table without subtables, an entry for each option."""
+"""A run's configuration as a TOML file: a flat table with an entry per option."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ else:
 
 
 class ConfigError(ValueError):
-    """A file that is no configuration; the message names the file and what in it is wrong."""
+    """A file that is not a configuration; the message names the file and what is wrong in it."""
 
 
 def read_config(path: str | os.PathLike[str], known: Collection[str]) -> dict[str, Any]:
-    """The entries of a configuration.
+    """Read the entries of a configuration.
 
     Args:
-        path: a TOML file, such as `write_config` writes.
+        path: a TOML file, such as one made of `as_toml`.
         known: the names that an entry may have.
 
     Returns:
-        By name strings, numbers, booleans, and lists of them.
+        Strings, numbers, booleans, and lists of them, by name.
 
     Raises:
         OSError: the file cannot be read.
-        ConfigError: it is no TOML, or has an entry of another name or kind.
+        ConfigError: it is not TOML, or has an entry of another name or type.
     """
     try:
         entries = tomllib.loads(Path(path).read_bytes().decode())
@@ -51,9 +51,9 @@ def read_config(path: str | os.PathLike[str], known: Collection[str]) -> dict[st
 
 
 def as_toml(entries: Mapping[str, Any]) -> str:
-    """Entries as TOML, one a line; those that are None are left out.
+    """Entries as TOML, one per line; those that are None are left out.
 
-    Numbers are read again bit for bit. TypeError where a value is not a string, number, boolean, or list of them.
+    Numbers round-trip exactly. TypeError if a value is not a string, number, boolean, or list of them.
     """
     return "".join(f"{name} = {_value(name, value)}\n" for name, value in entries.items() if value is not None)
 

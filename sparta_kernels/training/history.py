@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Batch:
-    """A training step that is done. `error` is on the images trained on, adversarial or not."""
+    """A completed training step. `error` is that of the images trained on, adversarial or not."""
 
     epoch: int
     number: int
@@ -19,18 +19,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch that is done and stored.
+    """A completed and stored epoch.
 
     Attributes:
         epoch: its number, from 1.
-        loss, error: mean over the images trained on (adversarial ones in adversarial training), while
-            training.
-        clean_error: share of the test images misclassified after the epoch; by the average of the weights, where
-            one is kept.
+        loss, error: means over the images trained on (adversarial ones in adversarial training), during training.
+        clean_error: share of the test images misclassified after the epoch; with `ema`, by the averaged weights.
         images_per_second: of the epoch's training.
         learning_rate: of its last step.
-        robust_error: the same of the first test images under attack; None where that was not asked for.
-        seconds: that its training took, tests not counted.
+        robust_error: the same for the first test images under attack; None if not requested.
+        seconds: time of its training, without tests.
     """
 
     epoch: int

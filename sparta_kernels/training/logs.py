@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: a table of its epochs as CSV, and events for TensorBoard."""
+"""The logs of a run: a CSV table of its epochs, and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = tuple(field.name for field in fields(Epoch))
 
 
 def as_csv(history: Sequence[Epoch]) -> str:
-    """A line for each epoch under a line of column names, those of `Epoch`; what was not measured is empty."""
+    """A line per epoch under a header, the fields of `Epoch`; what was not measured is empty."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)
@@ -26,14 +26,14 @@ def as_csv(history: Sequence[Epoch]) -> str:
 
 
 class TrainingLog:
-    """Writes a run's tables and events. Give its methods to `train`, `begin` as `on_store`, and close it at the end.
+    """Writes a run's tables and events. Pass its methods to `train` (`begin` as `on_store`), and close it at the end.
 
-    A table is written whole after every epoch, from all that is known of the run: whatever ended it before, it has
-    every epoch once. Of the events TensorBoard leaves out those of an earlier run, or of steps that were done again.
+    A table is rewritten as a whole after every epoch, so it has every epoch once, however often the run was stopped.
+    TensorBoard leaves out events of an earlier run, and of steps that were repeated.
 
     Args:
         tables: CSV files to write.
-        folder: for TensorBoard's event files, made if it is not there; None for none.
+        folder: for TensorBoard's event files, created if missing; None for none.
         history: the epochs before a resume.
 
     Raises:
@@ -56,7 +56,7 @@ class TrainingLog:
             self._write_tables()
 
     def begin(self) -> None:
-        """The run is stored: tables that are there and know nothing of it are of another, and emptied."""
+        """The run has been stored: tables left by another run are emptied."""
         if not self._history and any(Path(path).exists() for path in self._tables):
             self._write_tables()
 

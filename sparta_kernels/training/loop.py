@@ -1,4 +1,4 @@
-"""The training loop: standard or adversarial, with checkpoints that go on as if nothing had happened."""
+"""The training loop, standard or adversarial, with checkpoints that resume exactly."""
 
 from __future__ import annotations
 
@@ -41,40 +41,42 @@ def train(
 ) -> list[Epoch]:
     """Train a network and store it after every epoch, and every `save_every` seconds between.
 
-    The attack sees the network in eval mode, the update in train mode. The order of the images depends on
-    (seed, epoch) alone, an image's augmentation and attack on (seed, its index, epoch): a run that was stopped at any
-    moment, by Ctrl-C or ``kill -9``, and resumed ends with the very weights, bit for bit, of one that was not (on a
-    CPU; same machine and thread count). Ctrl-C, or another signal whose handler raises KeyboardInterrupt, stores the
-    last whole step first, as do memory that runs out and a file that cannot be written. The process keeps the memory
-    that it frees meanwhile (`sparta_kernels.keep_freed_memory`).
+    The attack runs on the network in eval mode, the update in train mode. The order of the images depends on
+    (seed, epoch) alone, an image's augmentation and attack on (seed, its index, epoch). So a run that is stopped at any
+    moment, by Ctrl-C or ``kill -9``, and then resumed, ends with the same weights, bit for bit, as one that was not (on
+    a CPU; same machine and thread count).
+
+    The last complete step is stored before an exception leaves: on Ctrl-C or another signal whose handler raises
+    KeyboardInterrupt, when memory runs out, and when a file cannot be written. The process keeps the memory that it
+    frees meanwhile (`sparta_kernels.keep_freed_memory`).
 
     Where torch.distributed has a process group, its processes train one network: each must call this with the same
-    arguments (but its own device) and takes a part of every batch; BatchNorm's statistics in an update are those of
-    the process's part. Process 0 writes the checkpoint, from which all resume.
+    arguments (but its own device), and takes a share of every batch. In an update, BatchNorm's statistics are those of
+    a process's share. Process 0 writes the checkpoint, from which all resume.
 
     Args:
         settings: what to train, and how.
         checkpoint: the file to write, atomically.
-        root: folder with the data set's files, where it needs one.
-        resume: go on from `checkpoint`, whose settings must be the same. But `epochs` may be larger with the schedules
-            "milestones" and "constant", which do not depend on it, and `sparta_from` may have been moved.
+        root: folder with the data set's files, if it needs one.
+        resume: continue from `checkpoint`, whose settings must be the same. `epochs` may be larger, though, with the
+            schedules "milestones" and "constant", which do not depend on it, and `sparta_from` may have been moved.
         overwrite: start again although `checkpoint` exists.
         device: where to train.
-        save_every: seconds from one checkpoint to the next inside an epoch; None for none there.
-        robust_images: how many of the first test images are attacked after each epoch, with the settings' attack (with
-            attack "none": the papers' test attack, preset "sparta"); more than there are: all.
-        on_batch, on_epoch: called after each.
-        on_store: called, in process 0, when the checkpoint has been written.
+        save_every: seconds between checkpoints within an epoch; None for none there.
+        robust_images: number of first test images attacked after each epoch, with the settings' attack (with attack
+            "none", the papers' test attack, preset "sparta"). All, if there are fewer.
+        on_batch, on_epoch: called after each batch, and each epoch.
+        on_store: called in process 0 after each write of the checkpoint.
 
     Returns:
-        All epochs, those before a resume included.
+        All epochs, including those before a resume.
 
     Raises:
         FileExistsError: `checkpoint` exists, and neither `resume` nor `overwrite` is set.
         FileNotFoundError: there is nothing to resume, or no folder to write to.
         CheckpointError: the file to resume is damaged or has other settings.
         TrainingDiverged: the loss or a weight is not finite; the last good checkpoint is kept.
-        CheckpointError, ValueError: `sparta_from` is no checkpoint, or its SPARTA does not fit the network.
+        CheckpointError, ValueError: `sparta_from` is not a checkpoint, or its SPARTA does not fit the network.
         OSError: a file cannot be written.
         TypeError, ValueError: an argument is not as above, or a setting does not fit the network.
     """

@@ -15,17 +15,17 @@ _SECONDS_BETWEEN_LINES = 10
 
 
 class TrainingProgress:
-    """A bar over all batches, and a line for each epoch that is done. Give its methods to `train`.
+    """A bar over all batches, and a line for each completed epoch. Pass its methods to `train`.
 
-    Where the console is no terminal, a line now and then instead of the bar.
+    If the console is not a terminal, it prints a line now and then instead of the bar.
 
     Args:
         console: where to draw.
         settings: of the run.
 
     Attributes:
-        last: the last step that was done, None before the first.
-        epochs: how many epochs it has seen done.
+        last: the last completed step, None before the first.
+        epochs: number of epochs completed while it watched.
     """
 
     def __init__(self, console: Console, settings: Settings) -> None:

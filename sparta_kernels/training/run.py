@@ -1,4 +1,4 @@
-"""A network in training: everything that a checkpoint holds of it, and how that is stored and restored."""
+"""A network in training: the state that a checkpoint holds, and how it is stored and restored."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from .transfer import freeze_sparta, transfer
 
 
 class TrainingDiverged(ArithmeticError):
-    """The loss or a weight is no longer a finite number; the last good checkpoint is kept."""
+    """The loss or a weight is no longer finite; the last good checkpoint is kept."""
 
 
 class Run:
-    """A run that begins, or goes on from what was read of it.
+    """A run that begins, or resumes from what was read.
 
     Attributes:
         settings: as given.
         model: the network that learns.
-        optimizer: SGD on those of its parameters that want a gradient.
-        ema: the average of the network's state, if one is kept.
+        optimizer: SGD on those of its parameters that require a gradient.
+        ema: the moving average of the network's state; None without one.
         scaler: of the loss, for fp16; it does nothing otherwise.
         memory_format: of the network's weights, and so of its images.
-        history: the epochs that are done.
-        position: how far the next one has come.
+        history: the completed epochs.
+        position: progress within the next one.
     """
 
     def __init__(self, settings: Settings, device: torch.device, previous: Checkpoint | None) -> None:
@@ -98,35 +98,35 @@ class Run:
 
     @property
     def tested(self) -> nn.Module:
-        """The network whose errors count: the averaged one, where an average is kept."""
+        """The network whose errors are reported: with an EMA, the averaged one."""
         return self.model if self.ema is None else self.ema.module
 
     @staticmethod
     def statistics(model: nn.Module) -> list[Tensor]:
-        """What BatchNorm knows of the images, which each process learns from its own part of them."""
+        """BatchNorm's running statistics, which each process updates from its own share of the images."""
         return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
     @property
     def unsaved(self) -> bool:
-        """Whether steps have been done since the run was last stored or read, all of them to their end."""
+        """Whether there are steps that are not stored yet, and all of them are complete."""
         return self._whole == self._place() != self._stored
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """A block that changes the run. Ctrl-C waits for its end; what an error leaves of it is never stored."""
+        """A block that changes the run. Ctrl-C waits for its end; a block that an error cuts short is never stored."""
         self._whole = None
         with uninterrupted():
             yield
             self._whole = self._place()
 
     def end_epoch(self, epoch: Epoch) -> None:
-        """Take note of an epoch that is done."""
+        """Record a completed epoch."""
         with self.change():
             self.history.append(epoch)
             self.position = Position()
 
     def check_finite(self) -> None:
-        """Refuse weights that a loss has yet to show: the last update can ruin them.
+        """Refuse weights that are not finite: the last update can ruin them before any loss shows it.
 
         Raises:
             TrainingDiverged: one is not finite.
@@ -197,12 +197,12 @@ def training_format(device: torch.device, precision: str) -> torch.memory_format
 
 
 def read_run(settings: Settings, checkpoint: str | os.PathLike[str]) -> tuple[Checkpoint, list[Epoch]]:
-    """The stored run that `train(settings, checkpoint, resume=True)` goes on from, and its epochs.
+    """The stored run that `train(settings, checkpoint, resume=True)` would continue, and its epochs.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is damaged or has other settings. But `epochs` may be larger with the schedules "milestones"
-            and "constant", which do not depend on it, and `sparta_from` may have been moved.
+        CheckpointError: it is damaged or has other settings. `epochs` may be larger, though, with the schedules
+            "milestones" and "constant", which do not depend on it, and `sparta_from` may have been moved.
     """
     previous = read_checkpoint(checkpoint)
     different = _differences(settings, previous.metadata)
@@ -218,7 +218,7 @@ def read_run(settings: Settings, checkpoint: str | os.PathLike[str]) -> tuple[Ch
 
 
 def recorded(metadata: dict[str, Any]) -> tuple[list[Epoch], Position]:
-    """The epochs that a checkpoint's description tells of, and how far the next one had come."""
+    """The completed epochs in a checkpoint's metadata, and the progress within the next one."""
     history = [Epoch(**epoch) for epoch in metadata["history"]]
     position = Position(**metadata.get("position", {}))
     if len(history) != metadata["epoch"]:
@@ -233,7 +233,7 @@ def recorded(metadata: dict[str, Any]) -> tuple[list[Epoch], Position]:
 
 
 def finished(checkpoint: str | os.PathLike[str], settings: Settings) -> bool:
-    """Whether there is a checkpoint of a run with these very settings, and all its epochs are done.
+    """Whether the checkpoint exists, has exactly these settings, and all its epochs are done.
 
     Raises:
         CheckpointError: there is a file, but it is damaged, or not a checkpoint of this package.
@@ -247,7 +247,7 @@ def finished(checkpoint: str | os.PathLike[str], settings: Settings) -> bool:
 
 
 def model_arguments(settings: Settings) -> dict[str, Any]:
-    """The keyword arguments of the network that these settings describe."""
+    """The keyword arguments for the network of these settings."""
     dataset = data.describe(settings.data)
     return {
         "num_classes": dataset.classes,
@@ -261,7 +261,7 @@ def model_arguments(settings: Settings) -> dict[str, Any]:
 
 
 def _differences(settings: Settings, metadata: dict[str, Any]) -> dict[str, str]:
-    """Which settings a stored run has otherwise, in words. One that it does not know yet was as it is by default."""
+    """The settings in which a stored run differs, in words. One that it does not have yet had its default."""
     new, old = settings.as_dict(), Settings().as_dict() | metadata["settings"]
     different = {}
     for key in sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key)):

@@ -1,4 +1,4 @@
-"""What a training run is made of: all that decides its weights, so that it can be stored and resumed."""
+"""The settings of a training run: everything that decides its weights, so that it can be stored and resumed."""
 
 from __future__ import annotations
 
@@ -18,38 +18,37 @@ LOSSES = ("cross-entropy", "trades")
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the weights a run ends with, given the machine and its thread count.
+    """Everything that decides a run's final weights, given the machine and its thread count.
 
     Attributes:
         data: name of the data set.
         model: "resnet18" or "resnet34".
         activation, sites, width: of the ResNet; see `sparta_kernels.nn`.
         epochs: passes over the training images.
-        batch_size: images in a batch, at most; the images are spread evenly over ceil(N / batch_size)
-            batches.
-        learning_rate: the highest that the schedule reaches.
-        schedule: "one-cycle" (a line up from 0 over the first quarter of all steps, a line down over the rest
-            that would meet 0 one step after the last), "milestones" (a tenth after each epoch named), "cosine" (half
-            a cosine from the highest to 0, which it would meet one step after the last) or "constant".
+        batch_size: most images in a batch; the images are spread evenly over ceil(N / batch_size) batches.
+        learning_rate: the schedule's highest.
+        schedule: "one-cycle" (linear from 0 over the first quarter of all steps, then linear to 0, which it would reach
+            one step after the last), "milestones" (divided by ten after each epoch named), "cosine" (half a cosine from
+            the highest to 0, which it would reach one step after the last) or "constant".
         milestones: epochs after which the learning rate drops; the papers' are 30 and 60.
-        warmup: epochs over which the learning rate first rises in a line; 0 with "one-cycle", which has its own.
+        warmup: epochs over which the learning rate first rises linearly; 0 with "one-cycle", which has its own.
         momentum, weight_decay: of stochastic gradient descent (SGD); the papers give the weight decay only.
         nesterov: SGD with Nesterov's momentum.
-        label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al. 2016), 0..1.
-        loss: "cross-entropy", or "trades" (Zhang et al. 2019): cross-entropy of the clean image, and `trades_beta`
-            times the Kullback-Leibler divergence of the prediction for the adversarial image from it; the attack then
-            maximises that divergence, untargeted.
-        trades_beta: weight of that divergence, at least 0; TRADES itself takes 6 on CIFAR-10.
-        ema: decay, per update, of an exponential moving average (EMA) of the weights and statistics, which is then
-            what the errors after an epoch are of; 0 for none.
-        precision: in which the attack and the update compute: "fp32", "bf16", and on a GPU "tf32" and "fp16" (with a
+        label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al. 2016), in [0, 1).
+        loss: "cross-entropy", or "trades" (Zhang et al. 2019): cross-entropy of the clean image, plus
+            `trades_beta` times the Kullback-Leibler divergence between its prediction and the adversarial image's. The
+            attack then maximises that divergence, untargeted.
+        trades_beta: weight of that divergence, at least 0; TRADES' authors use 6 on CIFAR-10.
+        ema: decay per update of an exponential moving average (EMA) of weights and statistics, 0 for none. The errors
+            after an epoch are then the average's.
+        precision: of the attack and the update: "fp32", "bf16", and on a GPU "tf32" and "fp16" (with a
             scaled loss). Weights, momentum and images stay float32.
-        augment: crop and flip the training images where the data set's description says so (`data.describe`).
+        augment: crop and flip the training images as the data set's description says (`data.describe`).
         attack: "none" for standard training, else the preset whose adversarial images replace the clean ones.
         eps: radius of that attack in pixel units.
         attack_steps: its number of steps.
         sparta_from: a checkpoint whose SPARTA modules are copied into the new network, site by site; "" for none.
-        freeze_sparta: keep those as they are: no gradient, and their BatchNorms in eval mode.
+        freeze_sparta: freeze those: no gradient, and their BatchNorms in eval mode.
         seed: of the initial weights, the order of the images, augmentation, and the attack's randomness.
     """
 

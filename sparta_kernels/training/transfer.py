@@ -1,4 +1,5 @@
-"""SPARTA of a trained network in another one: the papers' transfer between backbones and between data sets."""
+"""Transfer of a trained network's SPARTA to another network: between backbones and between data sets, as in the
+papers."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ class Transferred:
     """What `transfer` copied.
 
     Attributes:
-        sites: where to and from, such as "G1.B2"; in the order of the network.
-        model, data, epoch: of the run that trained it: its network, its data set, and after how many epochs.
+        sites: the sites copied from and to, such as "G1.B2", in the order of the network.
+        model, data, epoch: network, data set and number of epochs of the run it was taken from.
     """
 
     sites: tuple[str, ...]
@@ -38,13 +39,13 @@ def transfer(model: nn.Module, path: str | os.PathLike[str], freeze: bool) -> Tr
     """Copy every SPARTA activation of a stored network, parameters and buffers, to the same site of `model`.
 
     Sites are matched by group and block, so the networks may differ in depth, data set and classes: "G1234.B2" of a
-    ResNet-18 goes to "G1234.B2" of a ResNet-34 (Tables 8 and 9). Where the run kept averaged weights, those are copied.
+    ResNet-18 goes to "G1234.B2" of a ResNet-34 (Tables 8 and 9). If the run kept averaged weights, those are copied.
 
     Args:
-        model: a network of `sparta_kernels.nn`, or any whose SPARTA modules have the same names. Nothing of it has
-            changed if an error is raised.
+        model: a network of `sparta_kernels.nn`, or any whose SPARTA modules have the same names. It is unchanged if an
+            error is raised.
         path: a checkpoint of `train`.
-        freeze: leave them as they are while the rest learns, see `freeze_sparta`.
+        freeze: freeze them while the rest learns, see `freeze_sparta`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -73,10 +74,10 @@ def transfer(model: nn.Module, path: str | os.PathLike[str], freeze: bool) -> Tr
 
 
 def freeze_sparta(model: nn.Module) -> None:
-    """Let no SPARTA activation of `model` learn: its parameters want no gradient, its BatchNorms are in eval mode.
+    """Freeze every SPARTA activation of `model`: no parameter requires a gradient, BatchNorms are in eval mode.
 
-    Gradients still flow through to the layers before it. ``model.train()`` would have the BatchNorms take, and learn,
-    the statistics of batches: call `keep_frozen_in_eval` after it.
+    Gradients still flow to the layers before it. ``model.train()`` would make the BatchNorms use, and update from,
+    batch statistics: call `keep_frozen_in_eval` after it.
     """
     for _, sparta in _sites(model):
         sparta.requires_grad_(False)
@@ -84,7 +85,7 @@ def freeze_sparta(model: nn.Module) -> None:
 
 
 def keep_frozen_in_eval(model: nn.Module) -> None:
-    """Put every SPARTA activation whose parameters want no gradient in eval mode; to be called after ``train()``."""
+    """Put every frozen SPARTA activation in eval mode; call it after ``model.train()``."""
     for _, sparta in _sites(model):
         if not any(parameter.requires_grad for parameter in sparta.parameters()):
             sparta.eval()
