@@ -1,4 +1,4 @@
-"""What this installation is: versions, instruction sets, devices, and the backend that each operation would use."""
+"""Describes this installation: versions, instruction sets, devices, and the backend that each operation would use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, and what schedulers send instead of it; and blocks that must not be left half done, which it waits for."""
+"""Ctrl-C and the signals that schedulers send instead, and blocks that these must not interrupt."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _OF_SCHEDULERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") i
 
 
 class Held:
-    """Signals that were held back: ``len()`` is their number."""
+    """Deferred signals; ``len()`` is their number."""
 
     def __init__(self) -> None:
         self.handlers: dict[int, Any] = {}
         self._signals: list[tuple[int, FrameType | None]] = []
 
     def hold(self, number: int, frame: FrameType | None) -> None:
-        """A signal handler that only takes note."""
+        """A signal handler that only records the signal."""
         self._signals.append((number, frame))
 
     def __len__(self) -> int:
@@ -36,9 +36,9 @@ class Held:
 
 @contextmanager
 def uninterrupted() -> Iterator[Held]:
-    """Hold back Ctrl-C (SIGINT), and those that `as_ctrl_c` takes for it, until the end of the block.
+    """Defer Ctrl-C (SIGINT), and the signals that `as_ctrl_c` treats like it, until the end of the block.
 
-    A block that ends in an error raises that alone. Yields what has been held back so far.
+    A block that ends in an error raises that alone. Yields the signals deferred so far.
     """
     held = Held()
     if threading.current_thread() is threading.main_thread():  # no other can set handlers, or gets signals
@@ -58,9 +58,9 @@ def uninterrupted() -> Iterator[Held]:
 
 @contextmanager
 def as_ctrl_c() -> Iterator[list[int]]:
-    """Have SIGTERM and SIGHUP raise KeyboardInterrupt in the block, as Ctrl-C does; one that is ignored still is.
+    """Have SIGTERM and SIGHUP raise KeyboardInterrupt in the block, as Ctrl-C does; an ignored one stays ignored.
 
-    Yields the numbers of those that came.
+    Yields the numbers of the signals that arrived.
     """
     came: list[int] = []
 

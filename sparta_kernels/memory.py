@@ -1,4 +1,4 @@
-"""Freed memory that stays with the process, so that the next large buffer costs no page faults."""
+"""Keep freed memory in the process, so that the next large buffer costs no page faults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _entered = 0  # by all threads together
 
 
 class keep_freed_memory(ContextDecorator):
-    """Have the process keep the memory that it frees, for a ``with`` block or the calls of a function.
+    """Keep freed memory in the process, during a ``with`` block or a function's calls.
 
         with sparta_kernels.keep_freed_memory():
             result = attack.pgd(model, images, labels, ...)
@@ -28,28 +28,30 @@ class keep_freed_memory(ContextDecorator):
         @sparta_kernels.keep_freed_memory()
         def evaluate_everything(): ...
 
-    An attack or a training step on a CPU makes and frees the same large buffers over and over. glibc returns such
-    buffers to the kernel, which maps every page anew, zeroed, when the next one is written: an iteration of PGD on
-    128 to 256 CIFAR images then takes 1.2 to 1.6 times as long. Inside the block glibc maps no buffer by itself
-    and never trims its heap (``mallopt``: ``M_MMAP_MAX`` 0, ``M_TRIM_THRESHOLD`` -1). After it the process is as
-    before, and what is free has been returned (``malloc_trim``), with one difference that glibc lets nobody undo: its
-    thresholds no longer grow with what is freed, but stand at the largest values that they would have reached
-    (buffers above 32 MiB are mapped by themselves, heaps trimmed from 64 MiB on).
+    An attack or a training step on a CPU allocates and frees the same large buffers over and over. glibc returns such
+    buffers to the kernel, which has to map and zero every page again when the next one is written. An iteration of PGD
+    on 128 to 256 CIFAR images then takes 1.2 to 1.6 times as long.
 
-    The setting holds for the process. Blocks may be nested and may overlap in several threads; the last to end
-    puts it back. It serves the main thread fully, whichever thread frees the buffers. Buffers that another thread
-    *makes* come from that thread's own heaps: there glibc still returns those above 64 MiB, and heaps that become
-    empty. The memory that the process holds reaches its peak within the first iterations and stays there until the end.
+    Inside the block glibc allocates no buffer by mmap and never trims its heap (``mallopt``: ``M_MMAP_MAX`` 0,
+    ``M_TRIM_THRESHOLD`` -1). After it, free memory is returned (``malloc_trim``) and the settings are restored, but for
+    one thing that glibc does not let anybody undo: its thresholds no longer adapt to what is freed. They stay at the
+    largest values that they could have reached (mmap for buffers above 32 MiB, trimming of heaps from 64 MiB on).
 
-    Nothing is done, without an error, where the memory is not glibc's to keep (another C library, macOS, jemalloc or
-    tcmalloc in malloc's place) and where the environment of the process already had its say on these settings
+    The setting holds for the process. Blocks may be nested and may overlap in several threads; the last to end restores
+    it. It is fully effective for buffers that the main thread allocates, whichever thread frees them. Buffers that
+    another thread *allocates* come from that thread's own heaps: there glibc still returns those above 64 MiB, and
+    heaps that become empty. The process's memory reaches its peak within the first iterations and stays there until
+    the end of the block.
+
+    The block has no effect, and raises no error, if malloc is not glibc's (another C library, macOS, jemalloc or
+    tcmalloc), or if the process's environment sets any of these
     (``MALLOC_MMAP_MAX_``, ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_TOP_PAD_``, or the same in
-    ``GLIBC_TUNABLES``), since those could not be put back. Settings that the program itself has made by ``mallopt``
-    cannot be seen, and are glibc's defaults afterwards.
+    ``GLIBC_TUNABLES``), since those could not be restored. Settings that the program
+    itself has made by ``mallopt`` cannot be read; afterwards they are glibc's defaults.
 
     Attributes:
-        active: whether the block is being executed and freed memory is kept in it.
-        reason: why it is not, where it cannot be; else empty.
+        active: whether the block is being executed and keeps freed memory.
+        reason: why freed memory cannot be kept; empty if it can.
     """
 
     def __init__(self) -> None:
@@ -87,7 +89,7 @@ class keep_freed_memory(ContextDecorator):
 
 
 def _obstacle() -> str:
-    """Why freed memory cannot be kept here, or should not; empty where it can."""
+    """Why freed memory cannot or should not be kept here; empty if it can."""
     if not _native.malloc_is_glibc():
         return "malloc is not glibc's"
     try:

@@ -1,8 +1,8 @@
-"""The GPU's arithmetic for float32 products: TF32 or exact, by torch's settings, which come back as they were.
+"""Select TF32 or exact float32 products on a GPU through torch's settings, and restore these afterwards.
 
 torch has two names for each setting: `allow_tf32` with `set_float32_matmul_precision`, and the newer `fp32_precision`.
-Kernels obey the newer one. Once that differs from what the older ones say, reading these is an error (for
-torch.compile, too), so where they can be read they are written as well.
+Kernels obey the newer one. Once it disagrees with the older ones, reading these is an error (in torch.compile too), so
+the older ones are written as well wherever they can be read.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _before: _Settings = [], []
 
 @contextmanager
 def float32_products(tf32: bool) -> Iterator[None]:
-    """Compute a GPU's float32 products in TF32, or exactly, until this is left.
+    """Compute a GPU's float32 products in TF32, or exactly, within the block.
 
-    torch's settings are the process's. When several threads compute, who entered last decides for all of them; the
-    settings come back when the last one leaves.
+    torch's settings hold for the process. If several threads compute, the one that entered last decides for all of
+    them; the settings are restored when the last one leaves.
     """
     global _before
     with _lock:

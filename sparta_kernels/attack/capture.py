@@ -1,4 +1,4 @@
-"""CUDA graphs: captured on a stream of their own, in memory that they share; and what to do where a capture fails."""
+"""CUDA graphs, captured on a stream of their own in a shared memory pool; and the cleanup after a failed capture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _Found = TypeVar("_Found")
 
 
 class Capture:
-    """Makes CUDA graphs that share their memory."""
+    """Captures CUDA graphs that share a memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -30,7 +30,7 @@ class Capture:
             here.wait_stream(self._stream)
 
     def __call__(self, run: Callable[[], _Found]) -> Callable[[], _Found]:
-        """A function that does again what `run` does, to the same memory, and gives the same outputs."""
+        """Capture `run`; the function returned replays it on the same memory and returns the same outputs."""
         with torch.cuda.device(self._device):
             graph, outputs = capture(run, self._stream, self._pool)
 
@@ -44,10 +44,10 @@ class Capture:
 def capture(
     run: Callable[[], _Found], stream: torch.cuda.Stream, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, _Found]:
-    """A graph of what `run` does on the current device, in that memory pool or its own; and what `run` returned.
+    """Capture what `run` does on the current device, in that memory pool or its own; also return `run`'s result.
 
     Raises:
-        RuntimeError: torch or the driver refused the capture. Others go on being possible.
+        RuntimeError: torch or the driver refused the capture. Later captures remain possible.
     """
     here = torch.cuda.current_stream()
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
@@ -62,10 +62,10 @@ def capture(
 
 
 def _end_failed(here: torch.cuda.Stream, stream: torch.cuda.Stream, pool: Any) -> None:
-    """Clean up where torch does not: up to 2.12, if it is the driver that declares a capture invalid.
+    """Clean up what torch up to 2.12 leaves behind when the driver invalidates a capture.
 
-    Its stream is the current one then, and the allocator and the random numbers wait for its end: every later capture,
-    `empty_cache` and random number would be an error.
+    The capture's stream is then still current, and allocator and generator still wait for its end: every later capture,
+    `empty_cache` and random number would raise.
     """
     torch.cuda.set_stream(here)
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Dtypes in a graph whose convolutions and linear layers compute in fewer bits than the rest."""
+"""Casts in a graph whose convolutions and linear layers compute in a lower precision than the rest."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ _PLAIN = ("torch", "_operator", "operator", "builtins", "math")  # where functio
 
 
 def convert(value: Any, dtype: torch.dtype) -> Any:
-    """A tensor of floating numbers in `dtype`; anything else as it is."""
+    """A floating-point tensor in `dtype`; anything else unchanged."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class InDtype(nn.Module):
-    """A module that is given its inputs in `dtype`."""
+    """A module whose inputs are cast to `dtype`."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class InDtype(nn.Module):
 
 
 def cast_functions(graph: fx.Graph, named: dict[str, Any], dtype: torch.dtype) -> set[str]:
-    """Let the model's own functions compute products in `dtype`.
+    """Have the model's functional calls compute matrix products in `dtype`.
 
-    Functions that are neither torch's nor ours, of which nothing is known, are given float32.
+    Functions that are neither torch's nor ours get float32, since nothing is known of them.
 
     Returns:
-        The names of the model's parameters that only products read: these are to be made in `dtype` beforehand.
+        The names of the parameters that only matrix products read, to be cast to `dtype` beforehand.
     """
     weights = {
         str(node.target)

@@ -1,4 +1,4 @@
-"""Argument checks of the attack and what stands on it: each error names the argument and what is allowed."""
+"""Argument checks of the attack and the packages built on it. Each error names the argument and what is allowed."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def within(where: str, name: str, value: Tensor, classes: int) -> None:
 
 
 def iterates(where: str, value: object, steps: int) -> tuple[int, ...]:
-    """`report_at` as a tuple, rising; None means 10, 30, 50 as far as `steps` reaches, and `steps`."""
+    """`report_at` as an ascending tuple; None means `steps`, and those of 10, 30, 50 below it."""
     if value is None:
         return tuple(sorted({k for k in (10, 30, 50) if k < steps} | {steps}))
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
@@ -134,7 +134,7 @@ def iterates(where: str, value: object, steps: int) -> tuple[int, ...]:
 
 
 def logits(where: str, value: object, count: int) -> Tensor:
-    """What a model returned for `count` images, if it is floating point (count, classes) with 2 classes or more."""
+    """Check a model's result for `count` images: floating-point (count, classes) with 2 classes or more."""
     if not isinstance(value, Tensor) or value.ndim != 2 or len(value) != count or value.shape[1] < 2:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{where}: model must return logits of shape (N, classes) = ({count}, 2 or more), got {got}")
@@ -183,6 +183,6 @@ def model(where: str, value: object, like: object) -> nn.Module:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Where the model's first parameter, or else buffer, is: the images belong there. None where it has neither."""
+    """The device of the model's first parameter, or else buffer, where the images must be; None if it has neither."""
     first = next(chain(model.parameters(), model.buffers()), None)
     return None if first is None else first.device

@@ -39,7 +39,7 @@ class Engine(NamedTuple):
 class Step(NamedTuple):
     """What an iteration does: a step within `eps` (pixel units both), down the loss if `targeted`, else up.
 
-    `soft` tells that the loss is taken to a distribution, not to a class.
+    `soft`: the loss is that to a distribution, not to a class.
     """
 
     eps: float
@@ -54,7 +54,7 @@ Goal = Callable[[int], Tensor]
 
 
 def choose(engine: str, model: nn.Module, device: torch.device) -> Engine:
-    """The engine asked for, if it can attack `model` on `device`, or the fastest that was measured.
+    """The engine requested, if it can attack `model` on `device`; for "auto", the one measured to be fastest.
 
     Raises:
         ValueError: it cannot.
@@ -76,7 +76,7 @@ def fastest(device: str, precision: str) -> Engine:
 
 
 def chosen() -> dict[str, dict[str, str]]:
-    """For each device here and each precision there, the engine that "auto" takes, and why."""
+    """For each device of this machine and each precision, the engine that "auto" takes, and why."""
     devices: dict[str, tuple[str, ...]] = {"cpu": PRECISIONS_ON_CPU}
     if torch.cuda.is_available():
         devices["cuda"] = PRECISIONS
@@ -87,13 +87,13 @@ def chosen() -> dict[str, dict[str, str]]:
 
 
 class Eager:
-    """Iterations by torch's eager mode, of a network that may be a compiled one.
+    """Runs iterations operation by operation; the network may be a compiled one.
 
     Attributes:
         clean: the images.
         adversarial: the iterate, rewritten in place.
-        goal: what the cross-entropy is taken to, (N,) or (N, classes); None before the model has been called.
-        finite: whether all gradients were finite so far, on the device.
+        goal: targets of the cross-entropy, (N,) or (N, classes); None before the model has been called.
+        finite: whether all gradients so far were finite; a tensor on the device.
     """
 
     def __init__(self, model: nn.Module, network: Callable[[Tensor], Any], step: Step) -> None:
@@ -106,7 +106,7 @@ class Eager:
         self.goal: Tensor | None = None
 
     def begin(self, images: Tensor, goal: Goal) -> Tensor:
-        """Take new images; returns the iterate, which holds them until something else is written there."""
+        """Take new images; returns the iterate, which is initialised with them."""
         self.clean = images.contiguous(memory_format=self._format) if self._format != torch.preserve_format else images
         self._make_goal, self.goal = goal, None
         self.adversarial = self.clean.clone()
@@ -114,7 +114,7 @@ class Eager:
         return self.adversarial
 
     def iterate(self) -> tuple[Tensor, Tensor]:
-        """Take a step; returns the logits (N, classes) and losses (N,) where it was taken from."""
+        """Take a step; returns the logits (N, classes) and losses (N,) of the iterate before it."""
         leaf = self.adversarial.detach().requires_grad_()
         with self._arithmetic():
             logits = self._logits(leaf)
@@ -149,10 +149,10 @@ class Eager:
 
 
 class Graph:
-    """Iterations as a CUDA graph: captured once for a batch shape, replayed without the host.
+    """Runs iterations as a CUDA graph, captured once per batch shape and replayed.
 
-    The graph lives in buffers of its own, so two threads must not attack the same prepared model at once. Fewer images
-    than it was captured for are filled up with copies of the first.
+    The graph has fixed buffers, so two threads must not attack the same prepared model at once. A smaller batch is
+    padded with copies of its first image.
     """
 
     def __init__(self, model: Prepared, step: Step) -> None:
@@ -182,7 +182,7 @@ class Graph:
 
 
 class _Captured:
-    """One iteration and one look at a batch of `images`, as CUDA graphs."""
+    """One iteration, and one forward pass alone, on a batch of `images`, as CUDA graphs."""
 
     def __init__(self, model: Prepared, step: Step, images: Tensor, goal: Goal) -> None:
         self.room = len(images)
@@ -190,7 +190,7 @@ class _Captured:
         capture = Capture(images.device)
 
         def warm_up() -> None:
-            """What is allocated, chosen and compiled at first use has to be before the capture."""
+            """Allocate, choose and compile before the capture whatever the first use does."""
             loop.begin(images.clone(), goal)
             loop.iterate()
             loop.iterate()
@@ -206,7 +206,7 @@ class _Captured:
             raise NotCaptured(first_line(error)) from error
 
     def load(self, images: Tensor, goal: Goal) -> None:
-        """Put these images, and what they are driven to, where the graphs read them."""
+        """Copy these images, and their goals, to where the graphs read them."""
         count = len(images)
         self.finite.fill_(True)
         for buffer, values in ((self.clean, images), (self.adversarial, images), (self.goal, goal(self.classes))):
@@ -216,7 +216,7 @@ class _Captured:
 
 
 class NotCaptured(Exception):
-    """A capture that torch or the driver refused; it says why."""
+    """torch or the driver refused a capture; the message says why."""
 
 
 def runner(engine: Engine, model: nn.Module, step: Step) -> Eager | Graph:
@@ -235,10 +235,10 @@ def runner(engine: Engine, model: nn.Module, step: Step) -> Eager | Graph:
 def begin(
     engine: Engine, asked: str, model: nn.Module, step: Step, images: Tensor, goal: Goal
 ) -> tuple[Engine, Eager | Graph]:
-    """A runner that has taken the images; where "auto" chose one that cannot, the eager one, and the reason.
+    """Start a runner on the images; if "auto" chose one that cannot run the model, the eager one, with the reason.
 
     Raises:
-        ValueError: a model that cannot be captured, where "graph" was asked for.
+        ValueError: "graph" was requested, and the model cannot be captured.
     """
     reason = None
     if isinstance(model, Prepared):

@@ -61,7 +61,7 @@ def check_precision(where: str, precision: str, model: nn.Module) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, out of DistributedDataParallel, DataParallel and torch.compile."""
+    """The model without the wrappers DistributedDataParallel, DataParallel and torch.compile."""
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
@@ -95,7 +95,7 @@ class Prepared(nn.Module):
         self.eval()
 
     def _build(self, whole: str | None) -> None:
-        """Make the network of what the model is now; `whole` is why not to look into the model."""
+        """Build the network from the model's current state; `whole` gives a reason not to trace the model."""
         form = Form(DTYPES[self.precision], _memory_format(checks.device_of(self.model), self.precision))
         # Weights must not be inference tensors, which no gradient can flow past.
         with torch.inference_mode(False), torch.no_grad():
@@ -121,7 +121,7 @@ class Prepared(nn.Module):
 
     @torch.no_grad()
     def exact(self, images: Tensor) -> Tensor:
-        """The logits in float32, without a gradient: what predictions are reported from."""
+        """The logits in float32, without a gradient, from which predictions are reported."""
         return self._exact[0](images) if self._exact else self(images)
 
     def check(self, images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Turns a model's graph into the one that an attack runs: BatchNorm folded, weights constant, ReLUs fused."""
+"""Rewrites a model's graph for attacks: BatchNorm folded, weights constant, ReLUs fused."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ Constants = list[tuple[nn.Parameter, nn.Parameter]]  # a constant parameter, and
 
 
 class Rewritten(NamedTuple):
-    """What `rewrite` makes of a model.
+    """The result of `rewrite`.
 
     Attributes:
-        network: computes what the model, in eval mode, computes, and differentiates images alone.
-        constants: its parameters that `refresh_constants` is for; the others its modules' `refresh` rewrites.
-        form: what its weights were made into.
+        network: computes what the model computes in eval mode, but is differentiable in the images alone.
+        constants: its parameters that `refresh_constants` updates; its modules' `refresh` updates the others.
+        form: dtype and memory format of its weights.
         report: what was done.
     """
 
@@ -69,11 +69,11 @@ class Rewritten(NamedTuple):
 
 
 def rewrite(model: nn.Module, form: Form, whole: str | None = None) -> Rewritten:
-    """Make a network for attacks of a model, which shares what weights it can with that.
+    """Make a network for attacks from a model, sharing weights where it can.
 
     Args:
-        form: what the weights are made into; in the model's own memory format, where parts of the model stay whole.
-        whole: why not to look into the model at all.
+        form: dtype and memory format of the weights; contiguous instead if parts of the model stay whole.
+        whole: a reason not to trace the model at all.
     """
     rewriter = _Rewriter(model, form, {} if whole is None else {ROOT: whole})
     network = fx.GraphModule(rewriter.built, rewriter.graph, class_name=type(model).__name__)
@@ -82,7 +82,7 @@ def rewrite(model: nn.Module, form: Form, whole: str | None = None) -> Rewritten
 
 @torch.no_grad()
 def refresh_constants(constants: Constants) -> None:
-    """Take over what the model's parameters are now."""
+    """Update the constants to the model's current parameters."""
     for mine, now in constants:
         if mine.dtype != now.dtype:
             mine.copy_(now)
@@ -140,7 +140,7 @@ class _Rewriter:
                 self._replace(node, node.args[0])
 
     def _freeze_convolutions(self) -> None:
-        """Convolutions and linear layers, each with the BatchNorm behind it if nobody else reads what is between."""
+        """Freeze convolutions and linear layers, each with the BatchNorm after it if that is its only consumer."""
         for node in list(self.graph.nodes):
             layer = self._module(node)
             if layer is None or not isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
@@ -163,7 +163,7 @@ class _Rewriter:
             node.target = name
 
     def _norm(self, node: fx.Node | None) -> tuple[str | None, Any]:
-        """The normalisation that the node is, and its name: a module, or `F.batch_norm` of a module's tensors."""
+        """The normalisation that the node calls, and its name: a module, or `F.batch_norm` with a module's tensors."""
         if node is None or node.op == "call_module":
             return (None, None) if node is None else (str(node.target), self._module(node))
         if node.target is not F.batch_norm:
@@ -181,7 +181,7 @@ class _Rewriter:
         return name, Statistics(*tensors, given.arguments["eps"])  # type: ignore[arg-type, call-arg]
 
     def _name(self, wanted: str, key: object) -> str:
-        """A name for what is made of `key`: the same one for the same key."""
+        """A unique name for what is made from `key`; the same name for the same key."""
         if key not in self._made:
             taken, name, number = set(self._made.values()), wanted, 1
             while name in taken:
@@ -190,7 +190,7 @@ class _Rewriter:
         return self._made[key]
 
     def _keep_the_rest(self) -> None:
-        """Modules that prepare themselves, and copies with constant weights of all others."""
+        """Keep the rest: modules that prepare themselves, and copies with constant weights of all others."""
         weights = set() if self.form.dtype is None else cast_functions(self.graph, self.named, self.form.dtype)
         for node in self.graph.nodes:
             norm_name, norm = self._norm(node)
@@ -215,7 +215,7 @@ class _Rewriter:
                 self.prepared.append(node.target)
 
     def _kept(self, module: nn.Module) -> nn.Module:
-        """What stands in the graph for a module that is no convolution."""
+        """The replacement of a module that is not a convolution."""
         if _prepares_itself(module):
             if module not in self._copies:
                 self._copies[module] = module.prepare_for_attack(self.form)  # type: ignore[operator]
@@ -227,7 +227,7 @@ class _Rewriter:
         return InDtype(copied, torch.float32)
 
     def _copy(self, module: nn.Module) -> nn.Module:
-        """The module with constant weights, its parts likewise; buffers are the module's own."""
+        """A copy of the module and its parts with constant weights; buffers are shared."""
         if isinstance(module, torch.jit.ScriptModule):
             return module
         if module not in self._copies:
@@ -289,7 +289,7 @@ class _Rewriter:
     def _share_out(self, node: fx.Node, pair: fx.Node) -> None:
         """Give the first consumer one of the two outputs and all others the other.
 
-        Their gradients then arrive apart, and are added as they are masked.
+        Their gradients then arrive separately, and are added as they are masked.
         """
         users = list(node.users)
         with self.graph.inserting_before(node):
@@ -315,7 +315,7 @@ class _Rewriter:
                 self.sums += 1
 
     def _fork_activations(self) -> None:
-        """Activations that several read: see `_share_out`."""
+        """Fork activations with several consumers: see `_share_out`."""
         for node in list(self.graph.nodes):
             built = self.built.get(str(node.target)) if node.op == "call_module" else None
             if not getattr(built, "forks", False) or not self._only_read_by_several(node):
@@ -325,7 +325,7 @@ class _Rewriter:
             self._share_out(node, pair)
 
     def _only_read_by_several(self, node: fx.Node) -> bool:
-        """Whether several nodes read the output, and none writes into it or makes a view of it for others to write."""
+        """Whether the output has several consumers, of which none writes into it or makes a view of it."""
         return len(node.users) > 1 and all(self._only_reads(user) for user in node.users)
 
     def _only_reads(self, node: fx.Node) -> bool:
@@ -337,14 +337,14 @@ class _Rewriter:
         return is_sum(node) or is_relu(node, self.named) or node.target in (relu_of_sum, relu_of_sum_fork, *_READERS)
 
     def _nothing_is_written(self, first: fx.Node, last: fx.Node) -> bool:
-        """Whether no node between the two writes in place: what the first one computes, the last one then could."""
+        """Whether no node between the two writes in place, so that the last can compute what the first does."""
         node = first.next
         while node is not last and not writes_input(node, self.named):
             node = node.next
         return node is last
 
     def _own(self, node: Any) -> bool:
-        """Whether one node alone reads the output, and it is no view of anything, so that a write into it is unseen."""
+        """Whether the output has a single consumer and is not a view, so that no one sees a write into it."""
         if len(node.users) > 1:
             return False
         if is_sum(node):
@@ -353,7 +353,7 @@ class _Rewriter:
         return isinstance(built, (FrozenConv, *_NORMALISATION)) or node.target is F.batch_norm
 
     def _fresh(self, node: Any) -> bool:
-        """Whether the node's output may be overwritten: a convolution's that one node reads, and once."""
+        """Whether the node's output may be overwritten: it is a convolution's, with a single use."""
         if node.op != "call_module" or not isinstance(self.built.get(str(node.target)), FrozenConv):
             return False
         return len(node.users) == 1 and next(iter(node.users)).args.count(node) == 1
@@ -364,17 +364,17 @@ class _Rewriter:
 
 
 def _prepares_itself(module: nn.Module) -> bool:
-    """Whether the module has a form for attacks of its own, and nobody has hooked into it."""
+    """Whether the module has its own form for attacks, and no hooks."""
     return hasattr(type(module), "prepare_for_attack") and not has_hooks(module)
 
 
 def _short(name: str) -> str:
-    """What the model itself calls a module."""
+    """The module's name in the model itself."""
     return name.removeprefix(ROOT).removeprefix(".")
 
 
 def _summed(a: Tensor, b: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor | None, bool]:
-    """Operands that the fused operation takes: where shapes or dtypes differ, the sum is made first."""
+    """Operands for the fused operation; if shapes or dtypes differ, they are added first."""
     if b is None:
         return a, None, inplace
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype:
@@ -383,7 +383,7 @@ def _summed(a: Tensor, b: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor 
 
 
 def relu_of_sum(a: Tensor, b: Tensor | None = None, *, inplace: bool = False) -> Tensor:
-    """``relu(a + b)`` for what a graph holds there, whatever its shapes."""
+    """``relu(a + b)`` for operands of any shapes and dtypes."""
     a, b, inplace = _summed(a, b, inplace)
     return add_relu(a, b, inplace=inplace)
 

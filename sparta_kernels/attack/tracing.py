@@ -1,4 +1,4 @@
-"""What a model does to its images, as a graph of layers and functions (torch.fx)."""
+"""Traces a model into a graph of layers and functions (torch.fx)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Caller(nn.Module):
 
 
 class _Proxy(fx.Proxy):
-    """One that sees what is written in place: plain ones take ``y += x`` for ``y = y + x``."""
+    """A proxy that records in-place operators; plain ones record ``y += x`` as ``y = y + x``."""
 
 
 def _record(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +45,7 @@ for _function in _IN_PLACE:
 
 
 class _Tracer(fx.Tracer):
-    """Goes into every module of a user's; one that cannot be traced stays whole, and only it."""
+    """Traces through every module that is not torch's own; one that cannot be traced is kept whole."""
 
     proxy_buffer_attributes = True  # or what is computed from them would be a constant
 
@@ -88,17 +88,17 @@ class _Tracer(fx.Tracer):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says first, or its name where it says nothing."""
+    """The first line of an exception's message, or its name if that is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def trace(model: nn.Module, whole: dict[str, str]) -> tuple[fx.Graph, dict[str, nn.Module | Tensor], dict[str, str]]:
-    """The model's graph, the modules and tensors that it names, and why which of the modules were kept whole.
+    """Trace a model: its graph, the modules and tensors that it names, and which modules were kept whole, and why.
 
     Every name begins with `ROOT`. The graph has one placeholder, the images.
 
     Args:
-        whole: modules not to look into, and why.
+        whole: modules not to trace, and why.
     """
     whole = dict(whole)
     while True:
@@ -130,7 +130,7 @@ def trace(model: nn.Module, whole: dict[str, str]) -> tuple[fx.Graph, dict[str, 
 
 
 def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy that shares tensors, but not what it keeps them in."""
+    """A copy of the module tree that shares tensors, but not the containers that hold them."""
     if isinstance(module, torch.jit.ScriptModule):
         return module
     if module not in twins:
@@ -153,7 +153,7 @@ def _holds_proxies(module: nn.Module) -> bool:
 
 
 def _unknown_memory(node: fx.Node | None) -> bool:
-    """Whether the node is a constant that the tracer made, or, by its memory format, a copy or a view of another."""
+    """Whether the node is a constant made by the tracer, or may be either a copy or a view of another."""
     if node is None:
         return False
     made = node.op == "get_attr" and not str(node.target).startswith(f"{ROOT}.")
@@ -199,18 +199,18 @@ def writes_input(node: fx.Node, named: dict[str, Any]) -> bool:
 
 
 def drop_unused(graph: fx.Graph, named: dict[str, Any]) -> None:
-    """Drop nodes whose results nobody reads, unless they overwrite what somebody may."""
+    """Drop nodes with unused results, unless they overwrite a tensor that may be read."""
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or writes_input(node, named))
 
 
 def first_input(node: fx.Node) -> fx.Node | None:
-    """What the node computes with first, where that is a node too."""
+    """The node's first operand, if that is a node too."""
     found = node.args[0] if node.args else node.kwargs.get("input")
     return found if isinstance(found, fx.Node) else None
 
 
 def no_overwriting(graph: fx.Graph, named: dict[str, Any]) -> None:
-    """Let whoever reads a tensor after it was overwritten name the node that did it."""
+    """Make consumers of a tensor after an in-place write read the node that wrote it."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         written = first_input(node) if writes_input(node, named) else None

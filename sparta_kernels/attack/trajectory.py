@@ -200,7 +200,7 @@ def _in_precision(where: str, model: nn.Module, precision: str | None, engine: s
 
 
 def _without_nan(losses: Tensor) -> Tensor:
-    """The losses (iterates, N), unless one is NaN: then the model's logits were, or infinite."""
+    """The losses (iterates, N); a NaN among them raises: the model's logits were NaN or infinite."""
     bad = losses.isnan().any(1)
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
