@@ -22,7 +22,7 @@ _TINY = (
 )
 _TINY_ATTACK = (
     "--device", "cpu", "--width", "8", "--steps", "3", "--precision", "fp32", "--candidates", "loop", "ours-eager",
-    "--budget", "30", "--threads", "1",
+    "--budget", "600", "--threads", "1",
 )
 # fmt: on
 _EVERYTHING = ("gate", "dynamic_conv", "pgd_step", "pgd_start", "add_relu", "swish_relu", "smooth_relu", "dyrelu")

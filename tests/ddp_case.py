@@ -42,7 +42,7 @@ def losses(settings: Settings, path: Path, **options) -> list[list[float]]:
 
 
 def main(folder: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     torch.set_num_threads(1)
     few_images()
     rank, found = dist.get_rank(), {}

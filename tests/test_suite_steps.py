@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from time_limit_case import time_is_up_once
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def job(modules, tmp_path):
         (tmp_path / name).mkdir()
     machine = {"capability": "9.0"}
     return modules["suite_runner"].Job(
-        tmp_path / "out", tmp_path / "scratch", tmp_path / "log", time.monotonic() + 60, False, machine
+        tmp_path / "out", tmp_path / "scratch", tmp_path / "log", time.monotonic() + 600, False, machine
     )
 
 
@@ -102,16 +103,28 @@ def test_no_sanitizer(modules, job, tmp_path, monkeypatch):
 
 
 def test_tools_for_which_no_time_is_left_are_named(modules, job, tmp_path, monkeypatch):
-    fake_sanitizer(tmp_path, monkeypatch, "import time\ntime.sleep(2 if tool == 'racecheck' else 0)")
-    job.deadline = time.monotonic() + 5
+    fake_sanitizer(tmp_path, monkeypatch, "")
+    run = job.run
+
+    def aged(command):
+        done = run(command)
+        if "racecheck" in command:  # as if it had taken so long
+            job.deadline -= 0.7 * job.left()
+        return done
+
+    monkeypatch.setattr(job, "run", aged)
     modules["suite_checks"].sanitize(job)
     assert list(job.figures.values())[:2] == ["clean", "clean"]
     assert "no time left" in job.figures.values()
 
 
 def test_a_tool_that_takes_too_long_costs_nothing_that_is_needed(modules, job, tmp_path, monkeypatch):
-    fake_sanitizer(tmp_path, monkeypatch, "import time\nif sys.argv[-1] == 'triton': time.sleep(600)")
-    job.deadline = time.monotonic() + 3
+    begun = tmp_path / "begun"
+    hangs = (
+        f"if sys.argv[-1] == 'triton':\n import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(600)"
+    )
+    fake_sanitizer(tmp_path, monkeypatch, hangs)
+    time_is_up_once(monkeypatch, begun.exists)
     modules["suite_checks"].sanitize(job)
     assert job.figures == {
         "memcheck native": "clean",
@@ -121,10 +134,11 @@ def test_a_tool_that_takes_too_long_costs_nothing_that_is_needed(modules, job, t
 
 
 SIDE_BY_SIDE = """
-import os, signal, time, pytest
+import os, pathlib, signal, time, pytest
 @pytest.mark.parametrize("i", range(40))
 def test_a(i):
     assert i != 3, "three"
+    pathlib.Path(__file__).with_name(f"begun{{i}}").touch()
     if i == 7:
         {trouble}
 """
@@ -152,9 +166,9 @@ def test_a_process_that_dies_fails_its_test_and_is_replaced(side_by_side, job):
     assert "crashed while running" in failures
 
 
-def test_a_process_that_hangs_does_not_cost_the_others_results(modules, side_by_side, job, monkeypatch):
-    monkeypatch.setattr(modules["suite_checks"], "_GIVING_UP", 25.0)  # other tests may have the processors
-    job.deadline = time.monotonic() + 40
+def test_a_process_that_hangs_does_not_cost_the_others_results(modules, side_by_side, job, tmp_path, monkeypatch):
+    monkeypatch.setattr(modules["suite_checks"], "_GIVING_UP", 120.0)  # other tests may have the processors
+    time_is_up_once(monkeypatch, lambda: len(list(tmp_path.glob("begun*"))) >= 37)  # the one that hangs among them
     with pytest.raises(modules["suite_runner"].StepTimedOut):
         side_by_side(HANGS)
     assert job.figures["passed"] >= 35  # some may have stood behind the one that hangs
@@ -178,7 +192,7 @@ def test_what_a_benchmark_measured_before_it_was_stopped_is_kept(modules, job, t
         f"pathlib.Path(sys.argv[sys.argv.index('--json') + 1]).write_text({json.dumps(document)!r})\n"
         "time.sleep(600)\n"
     )
-    job.deadline = time.monotonic() + 3
+    time_is_up_once(monkeypatch, (job.folder / "ops.json").exists)
     with pytest.raises(modules["suite_runner"].StepTimedOut, match="kept"):
         steps.ops(job)
     assert job.figures["shares"] == {"forward 512x64x32x32 bf16 nchw": {"native": 0.95, "triton": 0.9}}
