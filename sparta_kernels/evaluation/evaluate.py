@@ -56,11 +56,10 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a network on clean images and under the PGD attack of `attack.pgd`.
 
-    All batches have the same size: the last is padded with copies of its first image, whose results are dropped.
-        Rounding
-    depends on the batch size and the number of threads. For equal ones results are the same bit for bit, however often
-    a run is stopped and resumed, and however many processes share it. (On a GPU a network's own operations may still
-    add in any order; convolutions are made to add in a fixed one.)
+    All batches have the same size; the last is padded with copies of its first image, whose results are dropped.
+    Rounding depends on the batch size and the number of threads. For equal ones results are the same bit for bit,
+    however often a run is stopped and resumed, and however many processes share it. (On a GPU a network's own
+    operations may still add in any order; convolutions are made to add in a fixed one.)
 
     The process keeps the memory that it frees meanwhile (`sparta_kernels.keep_freed_memory`). Where
     torch.distributed has a process group, its processes share the batches: each must call this with the same
@@ -202,7 +201,7 @@ def evaluate(
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """Without the algorithms of cuDNN that add up in the order in which threads happen to come."""
+    """Disable cuDNN's algorithms whose order of summation is not deterministic."""
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
     try:
@@ -212,7 +211,7 @@ def _repeatable() -> Iterator[None]:
 
 
 def _precision(where: str, model: nn.Module, value: object) -> str:
-    """The precision asked for, which a model that is prepared already must have."""
+    """The precision requested, which a prepared model must have."""
     if isinstance(model, Prepared):
         if value not in (None, model.precision):
             raise ValueError(
@@ -237,7 +236,7 @@ def _path(where: str, value: object, *, resume: bool, overwrite: bool) -> Path |
 
 
 def _batch_size(given: int | None, store: Store, attacker: Attacker, processes: Processes) -> BatchSize:
-    """The batch size asked for, that of the run that is resumed, or the best."""
+    """The batch size requested, else the resumed run's, else the best."""
     count = len(attacker.images)
     if given is not None:
         return BatchSize(min(given, count), "as asked for" if given <= count else "all images")

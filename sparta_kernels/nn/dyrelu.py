@@ -1,4 +1,4 @@
-"""Dynamic ReLU: the largest of a few lines, predicted for every sample and channel."""
+"""Dynamic ReLU: the maximum of a few lines, predicted for every sample and channel."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class DyReLU(nn.Module):
         self.fc1, self.fc2 = nn.Linear(channels, hidden), nn.Linear(hidden, 2 * k * channels)
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
+        """Reinitialise every parameter."""
         self.fc1.reset_parameters()
         self.fc2.reset_parameters()
 

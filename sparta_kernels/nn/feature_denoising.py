@@ -1,4 +1,4 @@
-"""Feature denoising as an activation: ReLU, then a non-local mean of the feature map beside it."""
+"""Feature denoising as an activation: ReLU plus a non-local mean of the feature map."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class FeatureDenoising(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew and forget the running statistics."""
+        """Reinitialise every parameter and reset the running statistics."""
         for embedding in (self.theta, self.phi):
             nn.init.normal_(embedding.weight, std=0.01)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")

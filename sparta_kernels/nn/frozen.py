@@ -1,6 +1,6 @@
-"""Layers with constant weights, for attacks: they differentiate their input alone, and keep nothing else for it.
+"""Layers with constant weights, for attacks: differentiable in their input alone, and saving nothing else for backward.
 
-A frozen layer reads the weights of the layer that it was made of, and `refresh` reads them again.
+A frozen layer takes its weights from the layer that it was made from; `refresh` takes them again.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Form(NamedTuple):
-    """What frozen weights are made into.
+    """Dtype and memory format of frozen weights.
 
     Attributes:
         dtype: what convolutions and linear layers compute in; None for that of the weights themselves.
-        memory_format: of four-dimensional weights that are made anew.
+        memory_format: of four-dimensional weights that are copies.
     """
 
     dtype: torch.dtype | None = None
@@ -41,10 +41,10 @@ class Statistics(NamedTuple):
 
 
 class _Frozen(nn.Module):
-    """The weights of a convolution or linear layer, of which nothing is differentiated.
+    """A convolution or linear layer whose weights get no gradient.
 
-    Where the weights are wanted as they are, they are the layer's own, as parameters that share its memory. Where they
-    change (folded, or another dtype), they lie in buffers that `refresh` rewrites in place.
+    Weights that are used unchanged are parameters that share the layer's memory. Others (folded, or in another dtype)
+    are buffers that `refresh` rewrites in place.
     """
 
     weight: Tensor
@@ -70,7 +70,7 @@ class _Frozen(nn.Module):
 
     @property
     def source(self) -> nn.Module:
-        """The layer that this was made of."""
+        """The layer that this was made from."""
         return self._source[0]
 
     @property
@@ -80,7 +80,7 @@ class _Frozen(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over what the layer's weights, and the BatchNorm's, are now."""
+        """Update to the layer's and the BatchNorm's current weights."""
         layer, norm = self._source
         if self.shared:
             # An optimiser or load_state_dict writes in place; an assignment to `.data` or .to() does not.
@@ -100,9 +100,9 @@ class _Frozen(nn.Module):
 
 
 def scale_and_shift(bias: Tensor | None, norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm in eval mode makes of ``Wx + bias``: ``scale * Wx + shift``, computed in `dtype`.
+    """Scale and shift by which a BatchNorm in eval mode turns ``Wx + bias`` into ``scale * Wx + shift``, in `dtype`.
 
-    That is ``gamma (Wx + bias - mean) / sqrt(var + eps) + beta``. Autograd knows what both are made of.
+    That is ``gamma (Wx + bias - mean) / sqrt(var + eps) + beta``. Both are differentiable in gamma, beta and bias.
     """
     scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
     if norm.weight is not None:
@@ -141,11 +141,11 @@ class FrozenConv(_Frozen):
             self.planar_weight.copy_(self.weight)
 
     def _better_planar(self) -> bool:
-        """Whether to leave channels_last for images of few pixels: on a CPU, and for many channels.
+        """Whether NCHW is faster than channels_last for images of few pixels: on a CPU, with many channels.
 
-        The kernels take a row of pixels at a time. For 512 channels of 4x4 pixels the way there and back, and the
-        other kernels, take 0.64 to 0.88 of the time (oneDNN 3.x, Zen 5, batch 32 to 256); from 6x6 pixels on, and for
-        256 channels, they take more.
+        The kernels work on a row of pixels at a time. For 512 channels of 4x4 pixels, NCHW takes 0.64 to 0.88 of the
+        time with both conversions included (oneDNN 3.x, Zen 5, batch 32 to 256). From 6x6 pixels on, and for 256
+        channels, it takes longer.
         """
         weight, (stride, _, _, transposed, *_) = self.weight, self.geometry
         if weight.device.type != "cpu" or weight.dim() != 4 or min(weight.shape[:2]) < 512:
@@ -169,12 +169,12 @@ class FrozenLinear(_Frozen):
 
 
 def _few_pixels(x: Tensor) -> bool:
-    """Whether images in channels_last are of so few pixels that `FrozenConv` leaves that format."""
+    """Whether images in channels_last have so few pixels that `FrozenConv` uses NCHW."""
     return max(x.shape[2:]) <= 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _padding(conv: Any) -> Sequence[int]:
-    """The padding as numbers. `why_not` has seen that it is the same at both ends."""
+    """The padding as numbers. `why_not` has checked that it is the same on both sides."""
     if conv.padding == "valid":
         return (0,) * len(conv.stride)
     if conv.padding == "same":
@@ -183,7 +183,7 @@ def _padding(conv: Any) -> Sequence[int]:
 
 
 def why_not(layer: Any) -> str | None:
-    """Why this layer cannot be frozen by `freeze`; None where it can."""
+    """Why `freeze` cannot freeze this layer; None if it can."""
     if type(layer) not in (*CONVOLUTIONS, nn.Linear):
         return f"{type(layer).__name__} is neither a convolution nor a linear layer of torch.nn"
     if has_hooks(layer):
@@ -198,7 +198,7 @@ def why_not(layer: Any) -> str | None:
 
 
 def why_not_fold(conv: Any, norm: Any) -> str | None:
-    """Why `norm` cannot be folded into the convolution before it, which can be frozen; None where it can."""
+    """Why `norm` cannot be folded into the (freezable) convolution before it; None if it can."""
     if type(norm) not in (*NORMS, Statistics):
         return f"{type(norm).__name__} is not a BatchNorm of torch.nn"
     if has_hooks(norm):
@@ -211,12 +211,12 @@ def why_not_fold(conv: Any, norm: Any) -> str | None:
 
 
 def freeze(layer: nn.Module, norm: nn.Module | None, form: Form) -> nn.Module:
-    """The frozen form of a layer for which `why_not` says None; `norm` is folded into a convolution."""
+    """The frozen form of a layer for which `why_not` returns None; `norm` is folded into a convolution."""
     return FrozenLinear(layer, form) if isinstance(layer, nn.Linear) else FrozenConv(layer, norm, form)
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether calling the module runs more than its forward."""
+    """Whether the module has hooks, which a call runs besides its forward."""
     return any(
         getattr(module, name, None)
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -1,4 +1,4 @@
-"""SPARTA as an attack runs it: BatchNorm folded, weights constant, a bit instead of a hidden tensor for each ReLU."""
+"""SPARTA for attacks: BatchNorm folded, weights constant, and bits saved for the ReLUs instead of hidden tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _PixelMean(Function):
-    """The mean over pixels. torch's own writes out the gradient of every pixel, though all are the same."""
+    """The mean over pixels. Its gradient is expanded; torch's own materialises it, though all pixels' are the same."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -36,10 +36,10 @@ class _PixelMean(Function):
 
 
 class FrozenSparta(nn.Module):
-    """The function of a `Sparta` in eval mode, differentiable in x alone; shapes as there.
+    """A `Sparta` in eval mode, differentiable in x alone; shapes as there.
 
-    ``forward(x, skip)`` is the function of ``x + skip``, and may overwrite x: what it stands behind in a residual
-    network is the output of a convolution that nobody else reads.
+    ``forward(x, skip)`` computes it for ``x + skip``, and may overwrite x, which in a residual network is the output of
+    a convolution without other consumers.
     """
 
     takes_skip = True
@@ -63,7 +63,7 @@ class FrozenSparta(nn.Module):
         self.eval()
 
     def refresh(self) -> None:
-        """Take over what the weights are now, in place; the layers have a `refresh` of their own."""
+        """Update to the current weights, in place; the layers have a `refresh` of their own."""
         if not self.dynamic:
             self.conv5.data = self._source[0].conv5.detach()
         if self._whole is None:
@@ -83,7 +83,7 @@ class FrozenSparta(nn.Module):
             return AttentionWeights(*weights)
 
     def _one_operation(self, x: Tensor) -> tuple[AttentionWeights, Packed] | None:
-        """The weights of the whole activation in one operation, where there are kernels for x."""
+        """The weights for the whole activation as one operation; None if there are no kernels for x."""
         if self._whole is None or x.device != self._whole.w4.device:
             return None
         backend, _ = fused_backend(x, self._whole.hidden)
@@ -95,7 +95,7 @@ class FrozenSparta(nn.Module):
         return self._whole, self._packed[key]
 
     def forward(self, x: Tensor, skip: Tensor | None = None, *, twice: bool = False) -> Any:
-        """With `twice` y for two consumers, in the same memory: write into neither."""
+        """With `twice`, return y twice for two consumers, in the same memory: write into neither."""
         x = x.to(self.conv1.weight.dtype)  # type: ignore[arg-type]
         whole = self._one_operation(x)
         if skip is not None:

@@ -1,4 +1,4 @@
-"""What every form of SPARTA ends with: Conv5 by the predicted kernel, and the gate."""
+"""The end of every form of SPARTA: Conv5 with the predicted kernel, and the gate."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class MaxOut(nn.Module):
         self.conv = nn.Conv2d(channels, k * channels, 1)
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
+        """Reinitialise every parameter."""
         self.conv.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training and eval mode, for a while."""
+"""Temporary changes between training and eval mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode; afterwards, whatever happened, each in the mode that it was in."""
+    """Put all modules in eval mode; each gets its own mode back afterwards, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:

@@ -1,4 +1,4 @@
-"""Smooth relatives of ReLU that look at one element at a time."""
+"""Elementwise smooth variants of ReLU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SmoothReLU(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Let b be what it started from."""
+        """Reset b to its initial value."""
         nn.init.constant_(self.b, self.start)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
-"""The attention network in training mode without its hidden tensors: backward computes them again.
+"""The attention network in training mode without saved hidden tensors: backward recomputes them.
 
-Of each site the plain composition keeps seven feature maps: x, and what comes out of every convolution and every ReLU.
-Here x stays (the gate keeps it anyway), with one bit for every ReLU and the statistics of each batch; backward makes
-the rest again, one branch at a time. Of small images the convolutions' outputs stay too.
+At each site the plain composition saves seven feature maps: x, and the output of every convolution and every ReLU. Here
+x is saved (the gate saves it anyway), with one bit per ReLU element and the batch statistics. Backward recomputes the
+rest, one branch at a time. For small images the convolutions' outputs are saved too.
 
-Two things were measured and left (one core of a CPU, batch 32, at ResNet-18's sites from 64x32x32 to 512x4x4):
+Two alternatives were measured and rejected (one CPU core, batch 32, ResNet-18's sites from 64x32x32 to 512x4x4):
 
 - The statistics of bn1 and bn3 follow from the mean and the covariance of x, and so would their gradients: no z1 and
   z3, no pass of a BatchNorm. The covariance and its gradient's product with x take 3.8, 2.9, 2.9 and 3.0 ms, small
-  matrices not counted; what they stand for takes 6.3, 4.0, 3.2 and 1.7 ms. That is half a percent of a training step,
-  for variances that cancel.
-- In channels_last all this takes 0.8 of the time, copies of x included. But torch's BatchNorm adds up one by one
-  there: weight gradients are off by 3e-4 to 8e-4 in float32, where in NCHW they are by 1e-6 to 9e-6.
+  matrices not counted; what they would replace takes 6.3, 4.0, 3.2 and 1.7 ms. That saves half a percent of a training
+  step, at the price of cancellation in the variances.
+- In channels_last all this takes 0.8 of the time, copies of x included. But there torch's BatchNorm sums sequentially:
+  errors of weight gradients in float32 are 3e-4 to 8e-4, against 1e-6 to 9e-6 in NCHW.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _FEW_PIXELS = 64
 
 
 def attention_in_training(sparta: Sparta, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """spatial, channel and kernel as `Sparta.forward` computes them with batch statistics, keeping no hidden tensor.
+    """spatial, channel and kernel as `Sparta.forward` computes them with batch statistics, saving no hidden tensor.
 
-    The running statistics move exactly as in the plain composition. Differentiable any number of times.
+    The running statistics are updated exactly as in the plain composition. Differentiable any number of times.
 
     Args:
         sparta: in training mode.
@@ -85,7 +85,7 @@ def attention_in_training(sparta: Sparta, x: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _backend(sparta: Sparta, x: Tensor) -> str | None:
-    """The backend of the ReLUs, None where the plain composition has to be taken."""
+    """The backend of the ReLUs; None if the plain composition has to be used."""
     if not untraced() or not torch.is_grad_enabled() or x.device.type not in ("cpu", "cuda"):
         return None
     if x.shape[0] * x.shape[2] * x.shape[3] < 2:  # no statistics: a BatchNorm says so itself
@@ -116,7 +116,7 @@ def _tensors(layers: dict[str, Any]) -> list[Tensor | None]:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer does what the Function does in its place, and no more."""
+    """Whether calling the layer would do exactly what the Function does in its place."""
     if has_hooks(layer) or "forward" in vars(layer):
         return False
     if type(layer) is nn.BatchNorm2d:
@@ -132,7 +132,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _fit(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
-    """Whether the BatchNorm has as many channels: the operation below the one that a BatchNorm calls does not look."""
+    """Whether the BatchNorm has as many channels; the low-level operation used here does not check."""
     values = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return all(value is None or value.shape == conv.weight.shape[:1] for value in values)
 
@@ -142,7 +142,7 @@ def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
 
 
 def _step(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, bool, float, float]:
-    """Count the batch, as a BatchNorm's forward does, and tell torch what to do with the running statistics."""
+    """Count the batch, as a BatchNorm's forward does, and return torch's arguments for the running statistics."""
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -157,7 +157,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Branch(NamedTuple):
-    """``relu(bn(conv(x)))``: what is kept of it."""
+    """The tensors saved of ``relu(bn(conv(x)))``."""
 
     mean: Tensor
     inverse: Tensor  # of the standard deviation
@@ -220,7 +220,7 @@ class _Attention(Function):
 
 
 class _Backward:
-    """The gradients of `_Attention`, one branch after the other: few feature maps are alive at once."""
+    """The gradients of `_Attention`, one branch after the other, so that few feature maps are alive at once."""
 
     def __init__(
         self, options: Options, x: Tensor, weights: Weights, branches: dict[int, _Branch], needs: Sequence[bool]
@@ -314,7 +314,7 @@ class _Backward:
         return any(self.needs.get(name, False) for name in names)
 
     def _convolved(self, number: int, input: Tensor) -> Tensor:
-        """The convolution's output, made again where it was not kept."""
+        """The convolution's output, recomputed if it was not saved."""
         output = self.branches[number].output
         if output is not None:
             return output
@@ -348,7 +348,7 @@ class _Backward:
         return gz
 
     def _convolution(self, number: int, grad: Tensor, input: Tensor, needs_input: bool) -> Tensor | None:
-        """The gradient of a convolution's input; those of its weight and bias are noted."""
+        """The gradient of a convolution's input; those of its weight and bias are stored in `found`."""
         weight, bias = (getattr(self.w, f"{kind}{number}") for kind in "wb")
         sizes = None if bias is None else list(bias.shape)
         biased = self._wanted(f"b{number}") and number not in self.branches

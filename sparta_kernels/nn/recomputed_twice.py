@@ -1,4 +1,4 @@
-"""What the attention network in training mode is a function of, and its second derivatives, by plain PyTorch."""
+"""The arguments of the attention network in training mode, and its second derivatives in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Grads = tuple[Tensor | None, ...]
 
 
 class Options(NamedTuple):
-    """All that is not differentiated: the geometry of each convolution, each BatchNorm's epsilon, who computes ReLU."""
+    """Everything not differentiated: each convolution's geometry, each BatchNorm's epsilon, the backend of ReLU."""
 
     geometries: dict[str, tuple[Any, ...]]
     eps: dict[str, float]
@@ -23,7 +23,7 @@ class Options(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Weight and bias of every layer, in the order in which the Function takes them; None where there is none."""
+    """Weight and bias of every layer, in the Function's order; None where a layer has none."""
 
     w1: Tensor
     b1: Tensor | None
@@ -46,7 +46,7 @@ class Weights(NamedTuple):
 
 
 def composition(options: Options, x: Tensor, w: Weights) -> tuple[Tensor, ...]:
-    """The plain composition, for derivatives of derivatives; the running statistics stay."""
+    """The plain composition, for higher derivatives; it does not update the running statistics."""
 
     def branch(number: int, input: Tensor, weight: Any, bias: Any, gamma: Any, beta: Any) -> Tensor:
         z = torch.convolution(input, weight, bias, *options.geometries[f"conv{number}"])

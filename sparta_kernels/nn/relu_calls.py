@@ -1,4 +1,4 @@
-"""Where a network calls ReLU, seen while it runs, and which of its modules are blocks."""
+"""Where a network calls ReLU, recorded while it runs, and which of its modules are blocks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ReluCall:
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down every call of ReLU, and whose forward it came from."""
+    """Records every call of ReLU, and the module whose forward made it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def observe(model: nn.Module, images: Tensor) -> tuple[list[ReluCall], Any]:
-    """The ReLUs that the model calls, in the order in which it first does, and what it returns."""
+    """The ReLUs that the model calls, in the order of first calls, and the model's output."""
     recorder = _Recorder()
     with recorder.recording():
         output = run(model, images)
@@ -90,7 +90,7 @@ def observe(model: nn.Module, images: Tensor) -> tuple[list[ReluCall], Any]:
 
 
 def run(model: nn.Module, images: Tensor) -> Any:
-    """What the model returns in eval mode, without a gradient, and the same whenever it is asked."""
+    """The model's output in eval mode, without a gradient, and reproducible."""
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.no_grad(), in_eval_mode(model), torch.random.fork_rng(devices):
         torch.manual_seed(0)
@@ -100,8 +100,9 @@ def run(model: nn.Module, images: Tensor) -> Any:
 def groups(model: nn.Module) -> list[list[nn.Module]]:
     """The groups of blocks of a network, in the order of registration.
 
-    A group is a Sequential, ModuleList or ModuleDict all of whose parts with parameters are of one class of a user's:
-    its blocks. Groups inside of blocks are none, unless the group would have one block: then that is a wrapped network.
+    A group is a Sequential, ModuleList or ModuleDict whose parts with parameters, its blocks, are all of one class that
+    is not torch's. Groups inside blocks do not count, unless the outer group has only one block, which is then a
+    wrapped network.
     """
     if isinstance(model, _CONTAINERS):
         parts = [part for part in model.children() if next(part.parameters(), None) is not None]

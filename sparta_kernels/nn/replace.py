@@ -1,4 +1,4 @@
-"""Another activation in the place of ReLU, in networks that were built elsewhere."""
+"""Replaces ReLU by another activation in networks that were built elsewhere."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _check(model: object, where: object, example: object) -> None:
 
 
 def _observed(model: nn.Module, example: Tensor | None) -> tuple[Tensor, tuple[list[ReluCall], Any]]:
-    """Images that the model takes, the ReLUs that it calls and what it returns."""
+    """Images that the model accepts, the ReLUs that it calls, and its output."""
     if example is not None:
         return example, observe(model, example)
     conv = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
@@ -220,7 +220,7 @@ def _sites(model: nn.Module, calls: list[ReluCall]) -> list[_Site]:
 
 
 def _slots(model: nn.Module, call: ReluCall, calls: list[ReluCall]) -> list[tuple[nn.Module, str]]:
-    """Where the ReLU is registered, if that says which call is meant."""
+    """Where the ReLU is registered, if that identifies the call."""
     if call.module is None:
         return []
     if type(call.owner).forward is nn.Sequential.forward:
@@ -266,15 +266,15 @@ def _chosen(model: nn.Module, sites: list[_Site], where: str | Callable[[str, in
 
 
 def _made(activation: str, site: _Site) -> nn.Module:
-    """The new module, as what surrounds it."""
+    """The new module, with the device, dtype and mode of its surroundings."""
     (x,) = site.call.inputs.values()
     return make_activation(activation, site.channels).to(x.device, x.dtype).train(site.call.owner.training)
 
 
 def _put_other_relus(chosen: Iterable[_Site], sites: list[_Site], undo: list[Callable[[], None]]) -> dict[str, str]:
-    """Put a ReLU of its own at every place that is chosen, and where that cannot be, say why.
+    """Put a separate ReLU at every selected place; where that is impossible, record why.
 
-    It overwrites nothing: code may rely on a ReLU that does, and then the network computes something else now.
+    These do not work in place. Code may rely on an in-place ReLU; the network then computes something else now.
     """
     left: dict[str, str] = {}
     traced: dict[nn.Module, list[_Site]] = {}

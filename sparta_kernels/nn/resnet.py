@@ -1,4 +1,4 @@
-"""ResNets for small images, with SPARTA where the papers put it: in place of a block's last ReLU."""
+"""ResNets for small images, with SPARTA where the papers put it: replacing a block's last ReLU."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _conv(c_in: int, c_out: int, size: int, stride: int = 1) -> nn.Conv2d:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: ``act2(bn2(conv2(act1(bn1(conv1(x))))) + shortcut(x))``.
 
-    ``act1`` is ReLU; ``act2``, after the addition, is the activation that is asked for.
+    ``act1`` is ReLU; ``act2``, after the addition, is the given activation.
     x ``(N, c_in, H, W)`` -> ``(N, c_out, ceil(H / stride), ceil(W / stride))``.
     """
 

@@ -82,7 +82,7 @@ class Sparta(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew and forget the running statistics."""
+        """Reinitialise every parameter and reset the running statistics."""
         # The convolutions that a BatchNorm and a ReLU follow keep the variance (He et al., 2015). conv2 and
         # conv4 keep torch's default, whose small outputs put phi near 1/2, where the sigmoid is steepest.
         # Conv5 begins near the identity: it multiplies a and c, and at 0 would leave both without a gradient.
@@ -120,7 +120,7 @@ class Sparta(nn.Module):
         return conv5_and_gate(x, spatial, channel, kernel, self.kernel_size, self.share)
 
     def prepare_for_attack(self, form: Form) -> FrozenSparta:
-        """What `attack.prepare` puts in this module's place."""
+        """The module that `attack.prepare` replaces this one by."""
         return FrozenSparta(self, form)
 
     def extra_repr(self) -> str:

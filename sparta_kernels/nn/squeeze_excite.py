@@ -37,7 +37,7 @@ class SqueezeExcite(nn.Module):
         self.fc1, self.fc2 = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
+        """Reinitialise every parameter."""
         self.fc1.reset_parameters()
         self.fc2.reset_parameters()
 

@@ -1,8 +1,8 @@
-"""A module whose forward calls one ReLU several times, made to call a module of its own at some of them.
+"""Makes a module whose forward calls one ReLU several times call separate modules at some of these places.
 
-The forward is traced (torch.fx) with the module's parts as they are, and what was traced, with other calls in the
-places of the ReLUs, becomes the forward of a class derived from the module's. The module stays the same object, with
-its attributes, hooks and names in a state dict.
+The forward is traced (torch.fx) with the module's parts as leaves. The trace, with the ReLU calls replaced, becomes the
+forward of a class derived from the module's. The module stays the same object, with its attributes, hooks and names in
+a state dict.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _numbers = itertools.count()
 
 
 class Untraceable(Exception):
-    """Why a module's forward cannot be written anew."""
+    """A module's forward cannot be rewritten; the message says why."""
 
 
 @dataclass(frozen=True)
 class _Code:
-    """The source of a forward, and what its names mean: modules by their names, so that it can be pickled."""
+    """The source of a forward and the values of its names; modules are given by name, so that it can be pickled."""
 
     source: str
     modules: dict[str, str]
@@ -37,7 +37,7 @@ class _Code:
 
 
 class _Tracer(fx.Tracer):
-    """Sees the module's own code, and not into its parts."""
+    """Traces the module's own code; its parts are leaves."""
 
     proxy_buffer_attributes = True
 
@@ -51,7 +51,7 @@ def original_type(module: nn.Module) -> type[nn.Module]:
 
 
 def call_own_modules(module: nn.Module, names: dict[int, str], count: int) -> None:
-    """Let the module's forward call ``self.<name>`` in place of its n-th ReLU, for every n and name.
+    """Make the module's forward call ``self.<name>`` instead of its n-th ReLU, for every n and name.
 
     Args:
         names: by the number of the ReLU, from 1 in the order of execution.
@@ -97,7 +97,7 @@ def _rewritten(module: nn.Module, training: bool, names: dict[int, str], count: 
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """A copy with the same parts and tensors: code may store what it computes, which must not be what is traced."""
+    """A copy with the same parts and tensors: proxies that a forward stores are stored only there."""
     twin = type(module).__new__(type(module))
     copied = (dict, list, set)
     twin.__dict__ = {
@@ -132,7 +132,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _derived(base: type[nn.Module], code: _Code) -> type[nn.Module]:
-    """The class with this forward; copies and pickles of its modules make it again."""
+    """A derived class with this forward; copying or unpickling its modules creates it again."""
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         state = base.__reduce_ex__(self, protocol)[2]

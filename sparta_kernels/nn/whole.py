@@ -1,4 +1,4 @@
-"""SPARTA as one operation: its weights with BatchNorm folded in, and when the operation may stand for the module."""
+"""SPARTA as one operation: its folded weights, and when the operation may replace the module's layers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def is_one_operation(sparta: Sparta, x: Tensor) -> bool:
     """Whether `sparta_activation` with `folded` weights computes what the module's layers would, one by one.
 
-    That is so at K = 1 where every BatchNorm is in eval mode (training with frozen ones included). Layers that somebody
-    has replaced, parametrised or put hooks on are called one by one; so they are under autocast, which decides for each
-    of them what it computes in, and where there are no kernels for x.
+    That is so at K = 1 if every BatchNorm is in eval mode (including frozen ones in training). The layers run one by
+    one if one of them was replaced, parametrised or has hooks, under autocast, which chooses a dtype for each of them,
+    and if there are no kernels for x.
     """
     if x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
         return False
@@ -34,7 +34,7 @@ def is_one_operation(sparta: Sparta, x: Tensor) -> bool:
 
 
 def can_be_folded(sparta: Sparta) -> bool:
-    """Whether K = 1 and the layers are what `Sparta` made, so that `folded` weights are all that there is to them."""
+    """Whether K = 1 and the layers are those that `Sparta` made, so that `folded` weights describe them completely."""
     channels, hidden = sparta.channels, sparta.hidden
     convolutions = [(sparta.conv1, channels, hidden), (sparta.conv3, channels, hidden)]
     convolutions += [(sparta.conv2, hidden, channels), (sparta.conv4, hidden, 1)]
@@ -66,7 +66,7 @@ def _is_plain(layer: nn.Conv2d | nn.Linear) -> bool:
 
 
 def folded(sparta: Sparta) -> AttentionWeights:
-    """The weights at K = 1, of which autograd knows what they are made of."""
+    """The folded weights at K = 1, differentiable in the layers' parameters."""
     w1, b1 = _fold(sparta.conv1, sparta.bn1)
     w3, b3 = _fold(sparta.conv3, sparta.bn3)
     conv2, conv4 = sparta.conv2, sparta.conv4
@@ -86,7 +86,7 @@ def folded(sparta: Sparta) -> AttentionWeights:
 
 
 def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Convolution and BatchNorm as one product and one bias, in float32 or float64."""
+    """Convolution and BatchNorm folded into one matrix and one bias, in float32 or float64."""
     work = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
     scale, shift = scale_and_shift(conv.bias, bn, work)
     return conv.weight.flatten(1) * scale[:, None], shift

@@ -1,6 +1,6 @@
 """sparta_attention and sparta_activation: SPARTA's attention network, and the whole activation, at K = 1.
 
-No hidden tensor reaches memory: what backward needs of h1, h3 and h6 is one bit an element (docs/kernels.md).
+No hidden tensor reaches memory: backward needs one bit per element of h1, h3 and h6 (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _attend(x: Tensor, packed: Packed, keep: bool, skip: Tensor | None = None) -
 
 
 class _Fused(Function):
-    """What the two functions share: what is kept, and how it is differentiated."""
+    """Shared by the two functions: what is saved for backward, and the gradients."""
 
     @staticmethod
     def keep(ctx: Any, x: Tensor, found: _Attended, packed: Packed, weights: AttentionWeights, *more: Tensor) -> None:
@@ -87,7 +87,7 @@ class _Fused(Function):
 
 
 class SpartaAttention(Function):
-    """x and the weights to (a, channel, kernel)."""
+    """Maps x and the weights to (a, channel, kernel)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,10 +114,10 @@ class SpartaAttention(Function):
 
 
 class SpartaActivation(Function):
-    """x and the weights to y: the gate's own part of x's gradient is written first, and added to in place.
+    """Maps x and the weights to y. Backward writes the gate's part of x's gradient, and adds the rest in place.
 
-    With `skip` it is the function of x + skip, which is written over x: so x's own value must be of no use to anybody.
-    With `twice` it is y for two consumers, whose gradients arrive one by one and are added where they are read.
+    With `skip` it maps x + skip, which overwrites x: nothing else may need x's own value. With `twice` it returns y for
+    two consumers, whose gradients arrive separately and are added as they are read.
     """
 
     @staticmethod
@@ -159,7 +159,7 @@ class SpartaActivation(Function):
 
 
 def _shared(a: Tensor, share: int) -> Tensor:
-    """Eq. 6: blocks of share x share pixels have the mean of their values."""
+    """Eq. 6: each block of share x share pixels gets the mean of its values."""
     return a if share == 1 else F.avg_pool2d(a, share, ceil_mode=True)
 
 
@@ -173,7 +173,7 @@ def _unshared(gspatial: Tensor, share: int, x: Tensor) -> Tensor:
 def _again(
     ctx: Any, x: Tensor, weights: AttentionWeights, grads: Sequence[Tensor | None], share: int | None
 ) -> list[Tensor | None]:
-    """The gradients by plain PyTorch, which can be differentiated again."""
+    """The gradients in plain PyTorch, which are differentiable again."""
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         # Views, for one of them may be another, or made of it: its own share alone is asked for.
         inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, *weights)]
@@ -298,7 +298,7 @@ def activate(
     skip: Tensor | None = None,
     twice: bool = False,
 ) -> Any:
-    """`sparta_activation` of checked arguments and weights that are packed already.
+    """`sparta_activation` for checked arguments and packed weights.
 
     Args:
         skip: like x, which has no gaps, in shape, dtype, device and strides: y is that of x + skip, written over x.

@@ -1,4 +1,4 @@
-"""The gradients of the attention network's weights, from the bits that its kernels keep."""
+"""The gradients of the attention network's weights, from the bits that its kernels save."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def weight_gradients(
     gchannel: Tensor,
     gkernel: Tensor,
 ) -> list[Tensor | None]:
-    """In the order of the weights, by a library's products, a few samples at a time.
+    """The gradients in the order of the weights, by a library's matrix products, a few samples at a time.
 
         v1 = gchannel w2 / P    v6 = gkernel w7 / P
         G1 = m1 v1    G6 = m6 v6    G3 = m3 (ga (x) w4 + w6^T G6)      m: the bit is set
         gw13 = sum (G1, G3) x^T     gw6 = sum G6 h3^T                  gw4 = sum ga h3
         gw2 = gchannel^T mean(h1)   gw7 = gkernel^T mean(h6)
 
-    h3 is computed anew; all in float32 (float64 for float64).
+    h3 is recomputed; everything is in float32 (float64 for float64).
     """
     mean1, mean6 = means
     work, hidden, pixels = mean1.dtype, weights.hidden, x.shape[2] * x.shape[3]

@@ -1,4 +1,4 @@
-"""The attention network's raw operations: the weights that they take, who computes them, and their schemas."""
+"""The attention network's raw operations: their weights, their backends, and their schemas."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class AttentionWeights(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Weights as a backend's kernels read them: copies."""
+    """Copies of the weights in the form that a backend's kernels read."""
 
     backend: str
     tensors: list[Tensor]
@@ -53,7 +53,7 @@ class Packed(NamedTuple):
 
 
 def pack(weights: AttentionWeights, dtype: torch.dtype, backend: str) -> Packed:
-    """The weights for images of `dtype`."""
+    """Pack the weights for images of `dtype`."""
     with torch.inference_mode(False), torch.no_grad():  # they may be used with gradients later
         tensors = backends.module(backend).pack_attention(weights, dtype)
     return Packed(backend, tensors, weights.hidden, weights.w7 is not None)

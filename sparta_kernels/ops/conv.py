@@ -1,4 +1,4 @@
-"""dynamic_conv: Conv5 with a K x K kernel of its own for every sample."""
+"""dynamic_conv: Conv5 with a separate K x K kernel for every sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dyrelu: the largest of K lines that each sample and channel has for itself."""
+"""dyrelu: the maximum of K lines, which differ by sample and channel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A convolution whose weights are constants: nothing is kept for their gradients."""
+"""A convolution with constant weights, which saves nothing for their gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 
 class _FrozenConvolution(Function):
-    """Keeps the weight and the input's shape. torch's own convolution keeps its input even for a frozen weight."""
+    """Saves the weight and the input's shape. torch's own convolution saves its input even for a frozen weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:

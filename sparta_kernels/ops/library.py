@@ -1,4 +1,4 @@
-"""The torch.library namespace ``sparta_kernels`` and what registering an operation takes."""
+"""The torch.library namespace ``sparta_kernels``, and helpers to register operations in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _library = torch.library.Library("sparta_kernels", "DEF")
 
 
 def register(schema: str, implementation: Callable[..., object], fake: Callable[..., object]) -> None:
-    """Define an operation: its schema, how it is computed, and its shapes."""
+    """Define an operation by its schema, its implementation and its fake (shapes)."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
@@ -74,7 +74,7 @@ def _slice(value: Tensor, dim: int, i: int) -> Tensor:
 
 
 def fill(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """Operations return a fixed number of tensors: an empty one stands for a gradient that nobody asked for."""
+    """Operations return a fixed number of tensors; an empty one stands for a gradient that was not requested."""
     return like.new_empty(0) if gradient is None else gradient
 
 
@@ -209,17 +209,17 @@ def differentiable(
 
 
 def eager() -> bool:
-    """Whether plain eager autograd is at work: no compiler, no torch.func transform."""
+    """Whether this is plain eager autograd: no compiler, no torch.func transform."""
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def untraced() -> bool:
-    """The same, and neither torch.jit.trace nor forward-mode AD: nobody who has to see plain PyTorch is looking."""
+    """The same, and neither torch.jit.trace nor forward-mode AD, which need to see plain PyTorch."""
     return eager() and not is_tracing() and torch.autograd.forward_ad._current_level < 0
 
 
 def asked(ctx: Any, first: int, tensors: Sequence[Tensor | None]) -> list[bool]:
-    """Which inputs of a Function have gradients that somebody asks for in this backward pass.
+    """Which inputs of a Function have gradients that this backward pass requests.
 
     ``needs_input_grad`` tells whose gradient exists. An attack on a network whose weights are trainable asks for that
     of the images alone.

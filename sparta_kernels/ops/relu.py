@@ -62,7 +62,7 @@ _raw_backward = torch.ops.sparta_kernels._relu_backward.default
 
 
 class AddReluBackward(Function):
-    """The gradient as a function of the incoming gradients, in which it is linear: it is its own derivative."""
+    """The gradient as a function of the incoming gradients. It is linear in them, so it is its own derivative."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, grad2: Tensor | None, bits: Tensor, options: tuple[Any, ...]) -> Tensor:
@@ -78,7 +78,7 @@ class AddReluBackward(Function):
 
 
 class AddRelu(Function):
-    """y once, or twice for two consumers, whose gradients arrive one by one and are added here."""
+    """Returns y once, or twice for two consumers, whose gradients arrive separately and are added here."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor | None, inplace: bool, twice: bool, backend: str) -> Any:

@@ -1,5 +1,4 @@
-"""Transfer of a trained network's SPARTA to another network: between backbones and between data sets, as in the
-papers."""
+"""Transfer of a trained network's SPARTA to another backbone or data set, as in the papers."""
 
 from __future__ import annotations
 
