@@ -1,10 +1,9 @@
-// Python's door to the kernels: addresses and numbers in, nothing owned, nothing checked (sparta_kernels/ops has
-// checked), the GIL released while a kernel runs.
+// The Python bindings of the kernels. Tensors arrive as addresses and strides; nothing is owned here, and nothing is
+// checked, which sparta_kernels/ops has done. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
-#include <tuple>
 
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
@@ -15,8 +14,7 @@
 #include "cuda/device.h"
 #endif
 
-// Run a kernel where its arguments say, without the GIL.
-// And the bytes that one needs beside its arguments, which on a CPU are none.
+// Runs a kernel at its arguments' place, without the GIL.
 #if defined(SPARTA_WITH_CUDA)
 #define SPARTA_RUN(kernel, args)    \
   py::gil_scoped_release release;   \
@@ -24,15 +22,10 @@
     cpu_kernels().kernel(args);     \
   else                              \
     cuda::kernel(args);
-#define SPARTA_SCRATCH(kernel_scratch, ...) \
-  return place(where).device < 0 ? 0 : cuda::kernel_scratch(__VA_ARGS__, place(where));
 #else
 #define SPARTA_RUN(kernel, args)    \
   py::gil_scoped_release release;   \
   cpu_kernels().kernel(args);
-#define SPARTA_SCRATCH(kernel_scratch, ...)                   \
-  static_cast<void>(std::tuple(__VA_ARGS__, place(where)));   \
-  return 0;
 #endif
 
 namespace py = pybind11;
@@ -68,10 +61,6 @@ void gate_backward(const std::array<int64_t, 5>& shape, bool planar, int dtype, 
                           matrices(gy2), dense(spatial), dense(channel), dense(kernel), dense(grad_spatial), dense(grad_channel),
                           dense(grad_kernel), pointer(scratch), place(where)};
   SPARTA_RUN(gate_backward, args)
-}
-
-int64_t gate_backward_scratch(const std::array<int64_t, 5>& shape, bool planar, int dtype, const Where& where) {
-  SPARTA_SCRATCH(gate_backward_scratch, gate_shape(shape, planar), static_cast<DType>(dtype))
 }
 
 void conv_forward(const std::array<int64_t, 4>& shape, const Small& spatial, const Small& kernel, const Small& output,
@@ -140,10 +129,6 @@ void smooth_relu_backward(int64_t elements, int dtype, Address gy, Address x, Ad
   SPARTA_RUN(smooth_relu_backward, args)
 }
 
-int64_t smooth_relu_backward_scratch(int64_t elements, int dtype, const Where& where) {
-  SPARTA_SCRATCH(smooth_relu_backward_scratch, elements, static_cast<DType>(dtype))
-}
-
 DyReluShape dyrelu_shape(const std::array<int64_t, 4>& s, bool planar) { return {s[0], s[1], s[2], s[3], planar}; }
 
 void dyrelu_forward(const std::array<int64_t, 4>& shape, bool planar, int dtype, const Rows& x, const Rows& y,
@@ -160,10 +145,6 @@ void dyrelu_backward(const std::array<int64_t, 4>& shape, bool planar, int dtype
                             matrices(gx), dense(slopes), dense(intercepts), dense(grad_slopes), dense(grad_intercepts),
                             pointer(scratch), place(where)};
   SPARTA_RUN(dyrelu_backward, args)
-}
-
-int64_t dyrelu_backward_scratch(const std::array<int64_t, 4>& shape, bool planar, int dtype, const Where& where) {
-  SPARTA_SCRATCH(dyrelu_backward_scratch, dyrelu_shape(shape, planar), static_cast<DType>(dtype))
 }
 
 using Extents = std::array<int64_t, 5>;  // samples, channels, pixels, hidden (padded), spare
@@ -198,7 +179,7 @@ void attention_backward(const Extents& shape, bool planar, bool dynamic, int dty
   cpu_kernels().attention_backward(args);
 }
 
-// Where a library's products are: float32, bfloat16, release, float64 (cpu/products.h); 0 where there is none.
+// Sets the addresses of a library's products: float32, bfloat16, release, float64 (cpu/products.h); 0 for a missing one.
 void set_products(const Addresses<4>& at) {
   ProductFunctions functions;
   functions.float32 = reinterpret_cast<ProductFunctions::Float32>(at[0]);
@@ -224,7 +205,27 @@ void multiply(int dtype, int64_t m, int64_t n, int64_t k, Address a, Address b, 
   products.check();
 }
 
-// Asks the driver, which starts it: a process that did cannot hide devices any more, nor use them once it has forked.
+#if defined(SPARTA_WITH_CUDA)
+// Bytes of scratch memory that the caller of a CUDA kernel has to allocate. CPU kernels allocate their own.
+int64_t gate_backward_scratch(const std::array<int64_t, 5>& shape, bool planar, int dtype, const Rows& x,
+                              const Rows& gy, const Rows& gx) {
+  return cuda::gate_backward_scratch(gate_shape(shape, planar), static_cast<DType>(dtype), matrices(x), matrices(gy),
+                                     matrices(gx));
+}
+
+int64_t smooth_relu_backward_scratch(int64_t elements, int dtype) {
+  return cuda::smooth_relu_backward_scratch(elements, static_cast<DType>(dtype));
+}
+
+int64_t dyrelu_backward_scratch(const std::array<int64_t, 4>& shape, bool planar, int dtype, const Rows& gy,
+                                const Rows& x, const Rows& gx) {
+  return cuda::dyrelu_backward_scratch(dyrelu_shape(shape, planar), static_cast<DType>(dtype), matrices(gy),
+                                       matrices(x), matrices(gx));
+}
+#endif
+
+// Initialises the CUDA driver. From then on the process cannot hide devices any more (CUDA_VISIBLE_DEVICES), and its
+// forked children cannot use them.
 py::dict cuda_info() {
   py::dict info;
 #if defined(SPARTA_WITH_CUDA)
@@ -253,18 +254,19 @@ py::dict cuda_info() {
 }  // namespace bindings
 }  // namespace sparta
 
-
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of sparta_kernels. Internal: call sparta_kernels' operations instead.";
   m.attr("compiler") = SPARTA_COMPILER;
 #if defined(SPARTA_WITH_CUDA)
   m.attr("with_cuda") = true;
+  m.def("gate_backward_scratch", &sparta::bindings::gate_backward_scratch);
+  m.def("smooth_relu_backward_scratch", &sparta::bindings::smooth_relu_backward_scratch);
+  m.def("dyrelu_backward_scratch", &sparta::bindings::dyrelu_backward_scratch);
 #else
   m.attr("with_cuda") = false;
 #endif
   m.def("gate_forward", &sparta::bindings::gate_forward);
   m.def("gate_backward", &sparta::bindings::gate_backward);
-  m.def("gate_backward_scratch", &sparta::bindings::gate_backward_scratch);
   m.def("conv_forward", &sparta::bindings::conv_forward);
   m.def("conv_backward", &sparta::bindings::conv_backward);
   m.def("pgd_step", &sparta::bindings::pgd_step);
@@ -275,10 +277,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("swish_relu_backward", &sparta::bindings::swish_relu_backward);
   m.def("smooth_relu_forward", &sparta::bindings::smooth_relu_forward);
   m.def("smooth_relu_backward", &sparta::bindings::smooth_relu_backward);
-  m.def("smooth_relu_backward_scratch", &sparta::bindings::smooth_relu_backward_scratch);
   m.def("dyrelu_forward", &sparta::bindings::dyrelu_forward);
   m.def("dyrelu_backward", &sparta::bindings::dyrelu_backward);
-  m.def("dyrelu_backward_scratch", &sparta::bindings::dyrelu_backward_scratch);
   m.def("attention_forward", &sparta::bindings::attention_forward);
   m.def("attention_backward", &sparta::bindings::attention_backward);
   m.def("set_products", &sparta::bindings::set_products);

@@ -229,51 +229,57 @@ struct AttentionBackward {
 
 int64_t last_level_cache();  // bytes
 
+// The list of all kernels: X(scope, name, arguments) for each, where `scope` is the namespace of the implementation.
 // clang-format off
-#define SPARTA_DECLARE_KERNELS                \
-  void gate_forward(const GateForward&);      \
-  void gate_backward(const GateBackward&);    \
-  void conv_forward(const ConvForward&);      \
-  void conv_backward(const ConvBackward&);    \
-  void pgd_step(const PgdStep&);              \
-  void pgd_start(const PgdStart&);            \
-  void relu_forward(const ReluForward&);      \
-  void relu_backward(const ReluBackward&);    \
-  void swish_relu_forward(const SwishReluForward&);      \
-  void swish_relu_backward(const SwishReluBackward&);    \
-  void smooth_relu_forward(const SmoothReluForward&);    \
-  void smooth_relu_backward(const SmoothReluBackward&);  \
-  void dyrelu_forward(const DyReluForward&);             \
-  void dyrelu_backward(const DyReluBackward&);
+#define SPARTA_FOR_EACH_KERNEL(X, scope)               \
+  X(scope, gate_forward, GateForward)                  \
+  X(scope, gate_backward, GateBackward)                \
+  X(scope, conv_forward, ConvForward)                  \
+  X(scope, conv_backward, ConvBackward)                \
+  X(scope, pgd_step, PgdStep)                          \
+  X(scope, pgd_start, PgdStart)                        \
+  X(scope, relu_forward, ReluForward)                  \
+  X(scope, relu_backward, ReluBackward)                \
+  X(scope, swish_relu_forward, SwishReluForward)       \
+  X(scope, swish_relu_backward, SwishReluBackward)     \
+  X(scope, smooth_relu_forward, SmoothReluForward)     \
+  X(scope, smooth_relu_backward, SmoothReluBackward)   \
+  X(scope, dyrelu_forward, DyReluForward)              \
+  X(scope, dyrelu_backward, DyReluBackward)
+
+// The same with the kernels that exist for CPUs only.
+#define SPARTA_FOR_EACH_CPU_KERNEL(X, scope)           \
+  SPARTA_FOR_EACH_KERNEL(X, scope)                     \
+  X(scope, attention_forward, AttentionForward)        \
+  X(scope, attention_backward, AttentionBackward)
 // clang-format on
 
-// On a CPU alone.
-#define SPARTA_DECLARE_CPU_KERNELS               \
-  SPARTA_DECLARE_KERNELS                         \
-  void attention_forward(const AttentionForward&);   \
-  void attention_backward(const AttentionBackward&);
+#define SPARTA_DECLARE_KERNEL(scope, name, Arguments) void name(const Arguments&);
 
 // One namespace per instruction set: the same sources, compiled once for each (CMakeLists.txt).
 namespace baseline {
-SPARTA_DECLARE_CPU_KERNELS
+SPARTA_FOR_EACH_CPU_KERNEL(SPARTA_DECLARE_KERNEL, baseline)
 }
 namespace avx2 {
-SPARTA_DECLARE_CPU_KERNELS
+SPARTA_FOR_EACH_CPU_KERNEL(SPARTA_DECLARE_KERNEL, avx2)
 }
 namespace avx512 {
-SPARTA_DECLARE_CPU_KERNELS
+SPARTA_FOR_EACH_CPU_KERNEL(SPARTA_DECLARE_KERNEL, avx512)
 }
 namespace avx512_bf16 {
-SPARTA_DECLARE_CPU_KERNELS
+SPARTA_FOR_EACH_CPU_KERNEL(SPARTA_DECLARE_KERNEL, avx512_bf16)
 }
 
-// And one for CUDA devices. A kernel is queued on the place's stream, and nothing waits for it; a refused launch throws
+// And one for CUDA devices. A kernel is queued on the place's stream and is not waited for; a refused launch throws
 // std::runtime_error with the operation's name. Tensors and scratch are addresses on the place's device.
 namespace cuda {
-SPARTA_DECLARE_KERNELS
-int64_t gate_backward_scratch(const GateShape&, DType, const Place&);  // bytes, for partial sums
-int64_t smooth_relu_backward_scratch(int64_t elements, DType, const Place&);  // likewise
-int64_t dyrelu_backward_scratch(const DyReluShape&, DType, const Place&);     // likewise
+SPARTA_FOR_EACH_KERNEL(SPARTA_DECLARE_KERNEL, cuda)
+
+// How many bytes of scratch memory the backward passes need for partial sums. The images decide, too: aligned ones are
+// cut into fewer blocks. gx has no data where it is not wanted.
+int64_t gate_backward_scratch(const GateShape&, DType, const Matrices& x, const Matrices& gy, const Matrices& gx);
+int64_t dyrelu_backward_scratch(const DyReluShape&, DType, const Matrices& gy, const Matrices& x, const Matrices& gx);
+int64_t smooth_relu_backward_scratch(int64_t elements, DType);
 }
 
 }  // namespace sparta

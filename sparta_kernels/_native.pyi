@@ -35,11 +35,10 @@ def gate_backward(
     grad_spatial: _Small,
     grad_channel: _Small,
     grad_kernel: _Small,
-    scratch: int,  # address of gate_backward_scratch() bytes, 0 where those are 0
+    scratch: int,  # on a CUDA device the address of gate_backward_scratch() bytes, 0 where those are 0
     place: _Place,
     /,
 ) -> None: ...
-def gate_backward_scratch(shape: tuple[int, int, int, int, int], planar: bool, dtype: int, place: _Place, /) -> int: ...
 def conv_forward(
     shape: tuple[int, int, int, int],  # N, H, W, K
     spatial: _Small,
@@ -117,11 +116,10 @@ def smooth_relu_backward(
     gx: int,  # 0: not wanted
     b: _Small,
     grad_b: _Small,
-    scratch: int,  # address of smooth_relu_backward_scratch() bytes, 0 where those are 0
+    scratch: int,  # on a CUDA device the address of smooth_relu_backward_scratch() bytes, 0 where those are 0
     place: _Place,
     /,
 ) -> None: ...
-def smooth_relu_backward_scratch(elements: int, dtype: int, place: _Place, /) -> int: ...
 def dyrelu_forward(
     shape: tuple[int, int, int, int],  # N, C, H * W, K
     planar: bool,
@@ -144,11 +142,19 @@ def dyrelu_backward(
     intercepts: _Small,
     grad_slopes: _Small,
     grad_intercepts: _Small,
-    scratch: int,  # address of dyrelu_backward_scratch() bytes, 0 where those are 0
+    scratch: int,  # on a CUDA device the address of dyrelu_backward_scratch() bytes, 0 where those are 0
     place: _Place,
     /,
 ) -> None: ...
-def dyrelu_backward_scratch(shape: tuple[int, int, int, int], planar: bool, dtype: int, place: _Place, /) -> int: ...
+
+# Bytes of scratch memory that the caller of a CUDA kernel has to allocate; in builds with CUDA only.
+def gate_backward_scratch(
+    shape: tuple[int, int, int, int, int], planar: bool, dtype: int, x: _Rows, gy: _Rows, gx: _Rows, /
+) -> int: ...
+def smooth_relu_backward_scratch(elements: int, dtype: int, /) -> int: ...
+def dyrelu_backward_scratch(
+    shape: tuple[int, int, int, int], planar: bool, dtype: int, gy: _Rows, x: _Rows, gx: _Rows, /
+) -> int: ...
 def attention_forward(
     shape: tuple[int, int, int, int, int],  # N, C, H * W, hidden padded to a multiple of 16, padding
     planar: bool,

@@ -377,6 +377,22 @@ def test_a_device_that_is_not_there(cuda, monkeypatch):
     convolution()
 
 
+@pytest.mark.parametrize(
+    ("operation", "shape"), [("gate", (256, 8, 32, 32, 1)), ("dyrelu", (2, 8, 56 * 56, 2))], ids=["gate", "dyrelu"]
+)
+def test_scratch_is_for_partial_sums_alone(cuda, operation, shape):
+    """Aligned images of this shape are summed by one block a sample or row, others by several."""
+    pixels = 32 * 32 if operation == "gate" else 56 * 56
+    scratch = getattr(extension.kernels, f"{operation}_backward_scratch")
+
+    def size(address: int) -> int:
+        images = [(address, 8 * pixels, pixels)] * 3
+        return scratch(shape, True, extension.DTYPES[torch.float32], *images)
+
+    assert size(4096) == 0
+    assert size(4100) > 0
+
+
 def test_what_the_module_says_of_itself(cuda):
     info = extension.kernels.cuda_info()
     assert info["built"] is extension.kernels.with_cuda is True

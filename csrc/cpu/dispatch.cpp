@@ -20,14 +20,8 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-#define SPARTA_CPU_KERNELS(isa, supported)                                                         \
-  {                                                                                                \
-    #isa, supported, isa::gate_forward, isa::gate_backward, isa::conv_forward, isa::conv_backward, \
-        isa::pgd_step, isa::pgd_start, isa::relu_forward, isa::relu_backward,                      \
-        isa::swish_relu_forward, isa::swish_relu_backward, isa::smooth_relu_forward,               \
-        isa::smooth_relu_backward, isa::dyrelu_forward, isa::dyrelu_backward,                      \
-        isa::attention_forward, isa::attention_backward                                            \
-  }
+#define SPARTA_KERNEL_OF(isa, name, Arguments) isa::name,
+#define SPARTA_CPU_KERNELS(isa, supported) {#isa, supported, SPARTA_FOR_EACH_CPU_KERNEL(SPARTA_KERNEL_OF, isa)}
 
 const CpuKernels kBuilt[] = {
     SPARTA_CPU_KERNELS(baseline, any_machine),

@@ -11,22 +11,9 @@ namespace sparta {
 struct CpuKernels {
   const char* isa;
   bool (*supported)();  // by the machine
-  decltype(&baseline::gate_forward) gate_forward;
-  decltype(&baseline::gate_backward) gate_backward;
-  decltype(&baseline::conv_forward) conv_forward;
-  decltype(&baseline::conv_backward) conv_backward;
-  decltype(&baseline::pgd_step) pgd_step;
-  decltype(&baseline::pgd_start) pgd_start;
-  decltype(&baseline::relu_forward) relu_forward;
-  decltype(&baseline::relu_backward) relu_backward;
-  decltype(&baseline::swish_relu_forward) swish_relu_forward;
-  decltype(&baseline::swish_relu_backward) swish_relu_backward;
-  decltype(&baseline::smooth_relu_forward) smooth_relu_forward;
-  decltype(&baseline::smooth_relu_backward) smooth_relu_backward;
-  decltype(&baseline::dyrelu_forward) dyrelu_forward;
-  decltype(&baseline::dyrelu_backward) dyrelu_backward;
-  decltype(&baseline::attention_forward) attention_forward;
-  decltype(&baseline::attention_backward) attention_backward;
+#define SPARTA_KERNEL_MEMBER(scope, name, Arguments) void (*name)(const Arguments&);
+  SPARTA_FOR_EACH_CPU_KERNEL(SPARTA_KERNEL_MEMBER, )
+#undef SPARTA_KERNEL_MEMBER
 };
 
 const CpuKernels& cpu_kernels();

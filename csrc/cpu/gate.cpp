@@ -218,9 +218,10 @@ struct BackwardChunk {
       if (want_input) Lanes::template store_line<stream>(gx_row + k, gx_line);
     }
     for (; k < cols; k += Lanes::lanes) {
-      Vector grad_cols = Simd<Acc>::load(grad_col + k);
-      total += short_row(x_row + k, gy_row + k, gy2_row + (two ? k : 0), gx_row + k, min(Lanes::lanes, cols - k), factor,
-                         Simd<Acc>::load(col_factor + k), grad_cols);
+      Vector grad_cols{};
+      if (want_factors) grad_cols = Simd<Acc>::load(grad_col + k);
+      total += short_row(x_row + k, gy_row + k, two ? gy2_row + k : nullptr, want_input ? gx_row + k : nullptr,
+                         min(Lanes::lanes, cols - k), factor, Simd<Acc>::load(col_factor + k), grad_cols);
       if (want_factors) Simd<Acc>::store(grad_col + k, grad_cols);
     }
     return total;

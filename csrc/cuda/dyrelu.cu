@@ -312,6 +312,13 @@ struct Variant {
            dyrelu_forward_kernel<T, count, planar, most>, args, cut);
   }
   template <class T>
+  static int64_t backward_scratch(const DyReluShape& s) {
+    const Cut cut("dyrelu_backward", s, count);
+    if (cut.parts == 1) return 0;
+    const int64_t sums = 2 * s.samples * cut.parts * s.channels * s.lines;
+    return sums * static_cast<int64_t>(sizeof(typename Accumulator<T>::type));
+  }
+  template <class T>
   static void backward(const DyReluBackward& args) {
     using Acc = typename Accumulator<T>::type;
     const Cut cut("dyrelu_backward", args.shape, count);
@@ -359,17 +366,12 @@ void dyrelu_backward(const DyReluBackward& args) {
   });
 }
 
-// For the tensors' shape and dtype, however they lie.
-int64_t dyrelu_backward_scratch(const DyReluShape& s, DType dtype, const Place&) {
+int64_t dyrelu_backward_scratch(const DyReluShape& s, DType dtype, const Matrices& gy, const Matrices& x,
+                                const Matrices& gx) {
   int64_t bytes = 0;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    for (const int count : {1, s.planar ? kVector<T> : kChannels<T>}) {
-      const Cut cut("dyrelu_backward", s, count);
-      if (cut.parts == 1) continue;
-      const int64_t sums = 2 * s.samples * cut.parts * s.channels * s.lines;
-      bytes = max(bytes, sums * static_cast<int64_t>(sizeof(typename Accumulator<T>::type)));
-    }
+    with_variant<T>(s, [&](auto variant) { bytes = decltype(variant)::template backward_scratch<T>(s); }, x, gy, gx);
   });
   return bytes;
 }

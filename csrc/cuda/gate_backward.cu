@@ -230,10 +230,11 @@ __global__ void __launch_bounds__(kThreads, 4)
 // ---- launches ---------------------------------------------------------------------------------------------
 
 // A sample in one block, unless it is large, or there are too few samples to fill a large GPU.
-Tiles backward_tiles(const GateShape& s, int vector, int batch) {
+template <class T, int vector>
+Tiles backward_tiles(const GateShape& s) {
   constexpr int64_t most_elements = 1 << 17, enough_blocks = 255;
   Tiles tiles("gate_backward", s, vector);
-  const int64_t across = max(1, tiles.lanes / kWarp), batch_rows = int64_t{batch} * tiles.row_step;
+  const int64_t across = max(1, tiles.lanes / kWarp), batch_rows = int64_t{kRing<T, vector>} * tiles.row_step;
   const int64_t most_rows = min(kMaxRows / across, max(batch_rows, most_elements / tiles.block_cols));
   const int64_t wanted_blocks = max(1, enough_blocks / max(1, s.samples * tiles.col_blocks));
   tiles.cut_rows(min(most_rows, max(batch_rows, ceil_div(tiles.rows, wanted_blocks))));
@@ -244,7 +245,7 @@ template <class T, int vector>
 void backward(const GateBackward& args) {
   using Acc = typename Accumulator<T>::type;
   const GateShape& s = args.shape;
-  const Tiles tiles = backward_tiles(s, vector, kRing<T, vector>);
+  const Tiles tiles = backward_tiles<T, vector>(s);
   const int64_t step = tiles.row_step;
   const Partials<Acc> partials(args.scratch, tiles, s.samples);
   launch("gate_backward", args.place, s.samples * tiles.blocks(), tiles.threads, backward_kernel<T, vector>, args,
@@ -256,29 +257,31 @@ void backward(const GateBackward& args) {
          static_cast<unsigned>(blocks), block_cells);
 }
 
+template <class T>
+bool all_in_vectors(const GateShape& s, const Matrices& x, const Matrices& gy, const Matrices& gx) {
+  return in_vectors<T>(s, x) && in_vectors<T>(s, gy) && (gx.data == nullptr || in_vectors<T>(s, gx));
+}
+
 }  // namespace
 
 void gate_backward(const GateBackward& args) {
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
-    if (in_vectors<T>(args.shape, args.x) && in_vectors<T>(args.shape, args.gy) &&
-        (args.gx.data == nullptr || in_vectors<T>(args.shape, args.gx)))
-      return backward<T, kVector<T>>(args);
+    if (all_in_vectors<T>(args.shape, args.x, args.gy, args.gx)) return backward<T, kVector<T>>(args);
     return backward<T, 1>(args);
   });
 }
 
-// For the tensors' shape and dtype, however they lie.
-int64_t gate_backward_scratch(const GateShape& s, DType dtype, const Place&) {
+int64_t gate_backward_scratch(const GateShape& s, DType dtype, const Matrices& x, const Matrices& gy,
+                              const Matrices& gx) {
   int64_t bytes = 0;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    for (const int vector : {1, kVector<T>}) {
-      const Tiles tiles = backward_tiles(s, vector, vector == 1 ? kRing<T, 1> : kRing<T, kVector<T>>);
-      if (tiles.blocks() == 1) continue;
-      const int64_t sample_sums = int64_t{tiles.row_blocks} * tiles.cols + int64_t{tiles.col_blocks} * tiles.rows;
-      bytes = max(bytes, s.samples * sample_sums * static_cast<int64_t>(sizeof(typename Accumulator<T>::type)));
-    }
+    const Tiles tiles =
+        all_in_vectors<T>(s, x, gy, gx) ? backward_tiles<T, kVector<T>>(s) : backward_tiles<T, 1>(s);
+    if (tiles.blocks() == 1) return;
+    const int64_t sample_sums = int64_t{tiles.row_blocks} * tiles.cols + int64_t{tiles.col_blocks} * tiles.rows;
+    bytes = s.samples * sample_sums * static_cast<int64_t>(sizeof(typename Accumulator<T>::type));
   });
   return bytes;
 }

@@ -215,8 +215,8 @@ void smooth_relu_backward(const SmoothReluBackward& args) {
   });
 }
 
-// For the tensors' number of elements and dtype, however they lie.
-int64_t smooth_relu_backward_scratch(int64_t elements, DType dtype, const Place&) {
+// Enough however the tensors are aligned: it is a few kilobytes at most.
+int64_t smooth_relu_backward_scratch(int64_t elements, DType dtype) {
   return summing_blocks<1>(elements) * (dtype == DType::float64 ? 8 : 4);
 }
 

@@ -1,10 +1,11 @@
-"""The compiled module, and how it is told of tensors: by address, number of the dtype, and strides.
+"""The compiled module, and how tensors are described to it: by address, dtype number and strides.
 
-`kernels` and `place` are read where they are called, as attributes of this module: tests put the emulator's in their
-place.
+Call `kernels` and `place` as attributes of this module, not by imported names: tests replace them by the emulator's.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,14 +33,25 @@ def place(tensor: Tensor) -> tuple[int, int, int]:
     return 1, device, torch._C._cuda_getCurrentRawStream(device)
 
 
+def scratch_size(kernel: str, place: tuple[int, int, int], *arguments: Any) -> int:
+    """Bytes of scratch memory that a kernel wants from its caller: none on a CPU, where kernels allocate their own."""
+    return 0 if place[1] < 0 else getattr(kernels, f"{kernel}_scratch")(*arguments)
+
+
 def small(tensor: Tensor | None) -> tuple[int, int]:
     """Address and dtype of a contiguous tensor."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
 
 
-def matrices(rows: Rows) -> tuple[int, int, int]:
-    return rows.tensor.data_ptr(), rows.sample_stride, rows.row_stride
+def matrices(rows: Rows | None) -> tuple[int, int, int]:
+    """Address, sample stride and row stride of an image batch."""
+    return (0, 0, 0) if rows is None else (rows.tensor.data_ptr(), rows.sample_stride, rows.row_stride)
+
+
+def address(tensor: Tensor | None) -> int:
+    """That of a tensor whose dtype and layout the kernel knows; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return tuple(map(address, tensors))

@@ -114,6 +114,14 @@ def _is_gapless(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     return True
 
 
+def scratch(size: int, like: Tensor) -> Tensor | None:
+    """`size` bytes for kernels that are queued on the current stream; None for none.
+
+    The caller may drop them before the kernels have run: the caching allocator reuses memory in the stream's order.
+    """
+    return torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
+
+
 def bits_of(tensor: Tensor) -> Tensor:
     """New memory for one bit an element."""
     return torch.empty((tensor.numel() + 7) // 8, dtype=torch.uint8, device=tensor.device)

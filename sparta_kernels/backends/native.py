@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from sparta_kernels.backends import extension, products
-from sparta_kernels.backends.extension import DTYPES, addresses, matrices, small
-from sparta_kernels.backends.layout import Output, as_rows, bits_of, gapless, in_order_of, in_strides, is_planar
+from sparta_kernels.backends.extension import DTYPES, address, addresses, matrices, small
+from sparta_kernels.backends.layout import (
+    Output,
+    as_rows,
+    bits_of,
+    gapless,
+    in_order_of,
+    in_strides,
+    is_planar,
+    scratch,
+)
 from sparta_kernels.backends.native_activations import (  # noqa: F401  functions of this backend too
     dyrelu_backward,
     dyrelu_forward,
@@ -68,25 +77,22 @@ def gate_backward(
     gspatial = torch.empty_like(spatial) if wanted[1] else None
     gchannel = torch.empty_like(channel) if wanted[2] else None
     gkernel = torch.empty_like(kernel) if kernel is not None and wanted[3] else None
-    shape, place = (*x.shape, share), extension.place(x)
-    scratch = extension.kernels.gate_backward_scratch(shape, planar, DTYPES[x.dtype], place)
-    # On the stream's own allocator: what the kernels still need after this function is not given to anyone else.
-    sums = torch.empty(scratch, dtype=torch.uint8, device=x.device) if scratch else None
+    shape, dtype, place = (*x.shape, share), DTYPES[x.dtype], extension.place(x)
+    images = matrices(read), matrices(gy_read), matrices(None if gx is None else gx.rows)
+    sums = scratch(extension.scratch_size("gate_backward", place, shape, planar, dtype, *images), x)
     extension.kernels.gate_backward(
         shape,
         planar,
-        DTYPES[x.dtype],
-        matrices(read),
-        matrices(gy_read),
-        (0, 0, 0) if gx is None else matrices(gx.rows),
-        (0, 0, 0) if gy2_read is None else matrices(gy2_read),
+        dtype,
+        *images,
+        matrices(gy2_read),
         small(spatial),
         small(channel),
         small(kernel),
         small(gspatial),
         small(gchannel),
         small(gkernel),
-        0 if sums is None else sums.data_ptr(),
+        address(sums),
         place,
     )
     return None if gx is None else gx.finish(), gspatial, gchannel, gkernel
@@ -180,9 +186,9 @@ def _relu(a: Tensor, b: Tensor | None, y: Tensor, keep: bool) -> Tensor | None:
         y.numel(),
         DTYPES[y.dtype],
         a.data_ptr(),
-        0 if b is None else b.data_ptr(),
+        address(b),
         y.data_ptr(),
-        0 if bits is None else bits.data_ptr(),
+        address(bits),
         extension.place(y),
     )
     return bits
@@ -205,7 +211,7 @@ def relu_backward(grad: Tensor, grad2: Tensor | None, bits: Tensor, stride: tupl
         gx.numel(),
         DTYPES[gx.dtype],
         grad.data_ptr(),
-        0 if grad2 is None else grad2.data_ptr(),
+        address(grad2),
         bits.data_ptr(),
         gx.data_ptr(),
         extension.place(gx),
@@ -330,7 +336,7 @@ def attention_forward(
         DTYPES[x.dtype],
         DTYPES[made.forward13.dtype],
         matrices(read),
-        (0, 0, 0) if added is None else matrices(added),
+        matrices(added),
         addresses(*weights),
         addresses(a, channel, kernel, mean1, mean6, bits),
         extension.place(x),

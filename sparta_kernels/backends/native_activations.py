@@ -6,13 +6,8 @@ import torch
 from torch import Tensor
 
 from sparta_kernels.backends import extension
-from sparta_kernels.backends.extension import DTYPES, matrices, small
-from sparta_kernels.backends.layout import Output, as_rows, in_order_of, is_planar
-
-
-def _scratch(size: int, like: Tensor) -> Tensor:
-    """Bytes for a kernel. On the stream's own allocator: nobody else is given them before it has run."""
-    return torch.empty(size, dtype=torch.uint8, device=like.device)
+from sparta_kernels.backends.extension import DTYPES, address, matrices, small
+from sparta_kernels.backends.layout import Output, as_rows, in_order_of, is_planar, scratch
 
 
 def swish_relu_forward(x: Tensor) -> Tensor:
@@ -45,7 +40,7 @@ def smooth_relu_backward(grad: Tensor, x: Tensor, b: Tensor, wanted: list[bool])
     grad, x = in_order_of(grad, gx), in_order_of(x, gx)
     gb = torch.empty_like(b) if wanted[1] else None
     elements, dtype, place = x.numel(), DTYPES[x.dtype], extension.place(x)
-    sums = _scratch(extension.kernels.smooth_relu_backward_scratch(elements, dtype, place), x)
+    sums = scratch(extension.scratch_size("smooth_relu_backward", place, elements, dtype), x)
     extension.kernels.smooth_relu_backward(
         elements,
         dtype,
@@ -54,7 +49,7 @@ def smooth_relu_backward(grad: Tensor, x: Tensor, b: Tensor, wanted: list[bool])
         gx.data_ptr() if wanted[0] else 0,
         small(b),
         small(gb),
-        sums.data_ptr(),
+        address(sums),
         place,
     )
     return gx if wanted[0] else None, gb
@@ -93,19 +88,18 @@ def dyrelu_backward(
     gslopes = torch.empty_like(slopes) if wanted[1] else None
     gintercepts = torch.empty_like(intercepts) if wanted[2] else None
     shape, dtype, place = _lines_shape(x, slopes), DTYPES[x.dtype], extension.place(x)
-    sums = _scratch(extension.kernels.dyrelu_backward_scratch(shape, planar, dtype, place), x)
+    images = matrices(grad_read), matrices(read), matrices(None if gx is None else gx.rows)
+    sums = scratch(extension.scratch_size("dyrelu_backward", place, shape, planar, dtype, *images), x)
     extension.kernels.dyrelu_backward(
         shape,
         planar,
         dtype,
-        matrices(grad_read),
-        matrices(read),
-        (0, 0, 0) if gx is None else matrices(gx.rows),
+        *images,
         small(slopes),
         small(intercepts),
         small(gslopes),
         small(gintercepts),
-        sums.data_ptr(),
+        address(sums),
         place,
     )
     return None if gx is None else gx.finish(), gslopes, gintercepts
