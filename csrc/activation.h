@@ -17,7 +17,7 @@
 
 namespace sparta {
 
-// ---- what a machine may do in its own way ----------------------------------------------------------------
+// ---- primitives that a machine may have instructions for -------------------------------------------------
 
 // The integer type as wide as Real's elements, and the two reinterpretations between them. SIMD types specialise it.
 template <class Real>
@@ -61,7 +61,7 @@ SPARTA_INLINE Real exp2_fraction(Real r) {
   return p * r + 9.999252186e-1f;
 }
 
-// Bounds and 2^t in portable arithmetic; simd.h specialises them where one instruction does the whole.
+// Bounds and 2^t in portable arithmetic; simd.h specialises them for machines with instructions that do the same.
 template <class Real>
 struct Bound {  // a NaN passes both
   static SPARTA_INLINE Real at_least(Real value, Real bound) { return value < bound ? bound : value; }
@@ -126,11 +126,11 @@ SPARTA_INLINE Real log1p_curve(Real t) {
   return q * t + 4.999695167e-01f;
 }
 
-// log(1 + t) for t >= 0. An infinite t counts as the largest number; NaN gives anything.
+// log(1 + t) for t >= 0. An infinite t counts as the largest finite number; for NaN the result is unspecified.
 template <class Real>
 struct Log1p {
   using Near = decltype(Real{} < Real{});  // bool, or a mask of lanes
-  Near near;                               // t is small: the two differ little, and `curve` says by how much
+  Near near;                               // t is small: t - log(1 + t) would cancel, and `curve` gives it instead
   Real value;                              // log(1 + t)
   Real curve;                              // (t - log(1 + t)) / t^2, where near
 
@@ -144,7 +144,7 @@ struct Log1p {
     const auto pattern = Pattern::of(sum);
     const auto exponent = (pattern - (none + 0x3f3504f3)) >> 23;
     const Real rest = near ? t : Pattern::to(pattern - (exponent << 23)) - 1.0f;
-    const Real round_magic = Real{} + 12582912.0f;  // as in Exp2: an integer in the low bits, added to it
+    const Real round_magic = Real{} + 12582912.0f;  // as in Exp2: its low bits hold an integer
     const Real power = Pattern::to(exponent + Pattern::of(round_magic)) - round_magic;
     const Real curve = log1p_curve<bits>(rest);
     return {near, power * 0.693147181f + (rest - rest * rest * curve), curve};
@@ -166,7 +166,7 @@ struct Log1p<double> {
 };
 
 #if defined(__CUDA_ARCH__)
-// One instruction each on a device: within 2 ulp and 1 ulp, and what would be below the normal numbers is 0.
+// One instruction each on a device: within 2 ulp and 1 ulp; subnormal results are flushed to 0.
 template <>
 struct Exp2<float> {
   template <int bits>
@@ -188,7 +188,7 @@ struct Reciprocal<float> {
 };
 #endif
 
-// The number that a Real is multiplied by, lane for lane.
+// The scalar type that every lane of a Real can be multiplied by.
 template <class Real>
 using Scale = std::conditional_t<std::is_same_v<Real, double>, double, float>;
 
@@ -210,8 +210,8 @@ SPARTA_INLINE Sigmoid<Real> sigmoid_scaled(Real t) {
   if constexpr (std::is_same_v<Real, double>) {
     return {value, 1.0 - value};  // as torch computes it
   } else {
-    // 1 - phi = 2^t * phi: of a difference little is left where phi is near 1, nothing in a reciprocal estimate's.
-    // Bounded, so that inf * 0 does not make a NaN of a gradient that is 0 anyway.
+    // 1 - phi = 2^t * phi: the difference itself cancels where phi is near 1, altogether if phi is an estimate.
+    // Bounded, so that inf * 0 does not turn a gradient that is 0 anyway into NaN.
     return {value, Bound<Real>::at_most(power, Real{} + 0x1p126f) * value};
   }
 }
@@ -262,8 +262,8 @@ SPARTA_INLINE Real swish_relu_grad(Real x, Real gy) {
 
 // ---- smooth-relu: x - log(beta * x + 1) / beta for x > 0, beta = b * b -----------------------------------
 
-// What is made of b once. Below the normal numbers 1 / beta would be infinite: there y and its gradients are those of
-// small t, which do without it.
+// What is derived from b once per call. For a subnormal beta 1 / beta may be infinite: y and its gradients are then
+// computed as for small t, which does not use it.
 template <class Scalar>
 struct SmoothReluParameter {
   Scalar beta, inverse;   // 1 / beta, or 0
@@ -307,7 +307,7 @@ SPARTA_INLINE SmoothReluGrad<Real> smooth_relu_grad(Real x, Real gy, const Smoot
 template <class Real>
 struct LargestLine {
   Real value, slope;
-  Real index;  // a number like the others, so that masks of its comparisons fit them
+  Real index;  // a Real, so that comparing it gives masks of the same type
 
   LargestLine() = default;
   SPARTA_INLINE LargestLine(Real x, Real slope0, Real intercept0)

@@ -1,4 +1,4 @@
-// One declaration per kernel: what it reads, what it writes, and where that lies. Nothing here owns memory.
+// The interface of every kernel: what it reads, what it writes, and where that lies. Nothing here owns memory.
 //
 // Every pointer is an address that the caller keeps alive; every stride counts elements; every extent may be 0.
 #pragma once
@@ -158,7 +158,7 @@ struct SmoothReluBackward {
   Place place;
 };
 
-// The largest of `lines` lines of each sample's and channel's own.
+// The largest of `lines` lines, which differ from sample to sample and from channel to channel.
 struct DyReluShape {
   int64_t samples, channels, pixels;
   int64_t lines;  // 1 to 8
@@ -206,10 +206,10 @@ struct AttentionShape {
 struct AttentionForward {
   AttentionShape shape;
   DType dtype, product;
-  Matrices x, skip;           // skip, unless its data is null, is added to x first, which is written then
+  Matrices x, skip;           // x is read; where skip has data, x + skip is written over x first
   const void *w13, *w6, *w2;  // (channels, 2 * hidden): w1 and w3 transposed; (hidden, hidden), (hidden, channels): likewise
   const void *b13, *b6, *b2;  // (2 * hidden,), (hidden,), (channels,)
-  const void *w4, *w7;        // (hidden + 1,): w4, then b4; w7, then b7, which alone counts unless dynamic
+  const void *w4, *w7;        // (hidden + 1,): w4, then b4; w7, then b7 (where not dynamic, b7 alone is the kernel)
   void *a, *channel, *kernel;  // written: (N, pixels), (N, channels), (N,)
   void *mean1, *mean6;         // written: (N, hidden) each, the means of h1 and h6
   uint16_t* bits;              // written unless null: (N, pixels, masks, hidden / 16), of h1, h3, h6: see ReluForward

@@ -131,21 +131,39 @@ FAULTS = [
         )
     ),
     *(
-        Fault(f"attention-{name}", f"csrc/cpu/{file}.cpp", old, new, tests)
+        Fault(f"attention-{name}", f"csrc/cpu/{file}", old, new, tests)
         for tests, file, name, old, new in (
-            (ATTENTION, "attention", "row", "row = sample * s.pixels + first_pixel;", "row = sample * s.pixels;"),
-            (ATTENTION, "attention", "gather", "load_partial(x + c * stride + p,", "load_partial(x + p * stride + c,"),
-            (ATTENTION, "attention", "scatter", "load_partial(to, count) + value, count", "value, count"),
-            (ATTENTION, "attention", "bits", "passing(part[i]) << i * Lanes::lanes;", "passing(part[i]) << i;"),
-            (ATTENTION, "attention", "selects", "masked(value, bits >> i * Lanes", "masked(value, bits * Lanes"),
-            (FINITE, "attention", "padding", "if (real != kWhole) h = h.where(real);", ""),
-            (ATTENTION, "attention", "parts", "part < tiles.per_sample; ++part", "part < 1; ++part"),
-            (ATTENTION, "attention", "pixels", "return tiles.per_sample > 1 ? Acc{1} :", "return"),
-            (ATTENTION, "attention", "samples", "args.mean6) + (first + n) * hidden", "args.mean6) + n * hidden"),
-            (ATTENTION, "attention", "conv6", "if (args.shape.dynamic) value = value +", "if (false) value = value +"),
-            (ATTENTION, "attention", "learned", "kernel[n] = w7[hidden];", "kernel[n] = 0;"),
-            (SUMS, "attention", "sum", "load_partial(x + k, count) + load_partial(skip", "load_partial(skip"),
-            (CALLS, "products", "error", "if (error_) std::", "if (0) std::"),
+            (
+                ATTENTION,
+                "attention_tiles.h",
+                "row",
+                "row = sample * s.pixels + first_pixel;",
+                "row = sample * s.pixels;",
+            ),
+            (
+                ATTENTION,
+                "attention_tiles.h",
+                "gather",
+                "load_partial(x + c * stride + p,",
+                "load_partial(x + p * stride + c,",
+            ),
+            (ATTENTION, "attention_tiles.h", "scatter", "load_partial(to, count) + value, count", "value, count"),
+            (ATTENTION, "attention.cpp", "bits", "passing(part[i]) << i * Lanes::lanes;", "passing(part[i]) << i;"),
+            (ATTENTION, "attention.cpp", "selects", "masked(value, bits >> i * Lanes", "masked(value, bits * Lanes"),
+            (FINITE, "attention.cpp", "padding", "if (real != kWhole) h = h.where(real);", ""),
+            (ATTENTION, "attention.cpp", "parts", "part < tiles.per_sample; ++part", "part < 1; ++part"),
+            (ATTENTION, "attention.cpp", "pixels", "return tiles.per_sample > 1 ? Acc{1} :", "return"),
+            (ATTENTION, "attention.cpp", "samples", "args.mean6) + (first + n) * hidden", "args.mean6) + n * hidden"),
+            (
+                ATTENTION,
+                "attention.cpp",
+                "conv6",
+                "if (args.shape.dynamic) value = value +",
+                "if (false) value = value +",
+            ),
+            (ATTENTION, "attention.cpp", "learned", "kernel[n] = w7[hidden];", "kernel[n] = 0;"),
+            (SUMS, "attention_tiles.h", "sum", "load_partial(x + k, count) + load_partial(skip", "load_partial(skip"),
+            (CALLS, "products.cpp", "error", "if (error_) std::", "if (0) std::"),
         )
     ),
     *(

@@ -1,4 +1,4 @@
-// What the CPU kernels share: dispatch on dtype, small tensors in any dtype, scratch memory, and how many threads pay.
+// What the CPU kernels share: dispatch on dtype, small tensors in any dtype, scratch memory, number of threads.
 #pragma once
 
 #include <stdlib.h>
@@ -29,8 +29,8 @@ SPARTA_INLINE int useful_threads(int threads, int64_t elements) {
   return static_cast<int>(max(1, min(threads, ceil_div(elements, 32768))));
 }
 
-// Whether results of `bytes` bytes, in rows `row_bytes` apart, are written past the cache: they are aligned to whole
-// registers, and at least as large as the last-level cache, so that little of them would still be there when it is read.
+// Whether results of `bytes` bytes, in rows `row_bytes` apart, are written past the cache: if they are aligned to whole
+// registers, and too large for the last-level cache, so that little of them would still be there when they are read.
 SPARTA_INLINE bool bypasses_cache(const void* to, int64_t row_bytes, int64_t sample_bytes, int64_t bytes) {
   const auto misaligned = reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(row_bytes | sample_bytes);
   return bytes >= last_level_cache() && misaligned % 64 == 0;
@@ -84,7 +84,7 @@ template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count) : data_(static_cast<T*>(aligned_alloc(64, bytes(count)))) {
-    if (data_ == nullptr) abort();  // out of memory inside a parallel region: nothing better is left
+    if (data_ == nullptr) abort();  // out of memory, and no exception may leave a parallel region
   }
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;

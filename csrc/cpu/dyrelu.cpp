@@ -19,7 +19,7 @@ struct Chunks {
       : pixels(max(512, 65536 / max(1, s.channels) / 64 * 64)), count(max(1, ceil_div(s.pixels, pixels))) {}
 };
 
-// The value, of which the compiler knows nothing. Of masks that follow from masks GCC makes code for one lane at a time.
+// The value, hidden from the optimiser: for masks derived from other masks GCC emits code that goes lane by lane.
 SPARTA_INLINE double opaque(double value) { return value; }
 SPARTA_INLINE FloatVector opaque(FloatVector value) {
 #if defined(__x86_64__)
@@ -28,7 +28,7 @@ SPARTA_INLINE FloatVector opaque(FloatVector value) {
   return value;
 }
 
-// A register's worth of K lines, and of their gradients' sums.
+// K lines for each lane of a register; also the sums of the lines' gradients.
 template <class T, int K>
 struct Lines {
   using Acc = typename Accumulator<T>::type;
@@ -64,7 +64,7 @@ struct Lines {
     for (int k = 1; k < K; ++k) found.offer(x, slope[k], intercept[k], k);
     return found;
   }
-  // gx; and the terms of the lines' own gradients, added to `sums`.
+  // Returns gx, and adds the terms of the lines' gradients to `sums`.
   SPARTA_INLINE Vector backward(Vector x, Vector gy, Lines& sums) const {
     const auto found = largest(x);
     const Vector zero{}, product = gy * x, index = opaque(found.index);
@@ -77,8 +77,8 @@ struct Lines {
   }
 };
 
-// A thread's working memory: one sample's lines, k by k, and the sums of their gradients. There is a register's room
-// behind the last channel.
+// A thread's working memory: one sample's lines, line by line, and the sums of their gradients. Each line is padded by
+// a register, so that whole registers can be read behind the last channel.
 template <class Acc, int K>
 struct Coefficients {
   static constexpr int rows = K <= 4 ? 4 : 1;  // pixels at once: as many as registers allow
@@ -255,7 +255,7 @@ SPARTA_INLINE void backward_pixels(const Part<const T>& x, const Part<const T>& 
   }
 }
 
-// ---- all of it ----------------------------------------------------------------------------------------------
+// ---- whole tensors ------------------------------------------------------------------------------------------
 
 template <class T, int K, bool stream>
 void forward(const DyReluForward& args) {

@@ -1,4 +1,4 @@
-// One pass over tensors that lie in the same order without gaps: a function of each place's elements, a register at a time.
+// Elementwise functions of tensors that lie in the same order without gaps, in one pass, a register at a time.
 #pragma once
 
 #include "common.h"
@@ -6,7 +6,7 @@
 namespace sparta {
 namespace SPARTA_ISA {
 
-// What one or two tensors give, written a whole cache line at a time, past the cache with `stream`.
+// One or two inputs and an output, which is written a whole cache line at a time; with `stream`, past the cache.
 template <class T, int inputs, bool stream>
 struct Elements {
   using Lanes = Simd<T>;
@@ -24,8 +24,8 @@ struct Elements {
     return rest;
   }
 
-  // Of the first `count` elements: function(values, place) gives the result of a register's, from `place` on. The lanes
-  // behind the last element are 0, and what is given for them is not written.
+  // For the first `count` elements: function(values, place) returns the result for a register of elements from `place`
+  // on. Lanes behind the last element are given as 0, and their results are not written.
   template <class Function>
   SPARTA_INLINE void map(int64_t count, Function function) const {
     int64_t k = 0;

@@ -86,7 +86,7 @@ struct Factors {
     }
   }
 
-  // Read and written a register at a time, so there is a register's room behind the last.
+  // Padded by a register: they are read and written in whole registers.
   static int64_t padded(int64_t count) { return count + kFloatLanes; }
   static int64_t room(const Chunks& chunks) {
     return padded(min(chunks.bands * chunks.shape.share, chunks.shape.height) * chunks.shape.width);
@@ -154,7 +154,7 @@ void forward(const GateForward& args) {
   }
 }
 
-// What one register of x and gy gives: gx, and the terms of the two factors' gradients.
+// Computed from one register of x and of gy: gx, and the terms of the two factors' gradients.
 template <class T, bool want_input, bool want_factors>
 struct Gradients {
   using Vector = typename Simd<T>::Vector;
@@ -227,7 +227,7 @@ struct BackwardChunk {
     return total;
   }
 
-  // The same for at most a register's columns, whose factor and gradient the caller keeps in registers.
+  // The same for at most one register of columns, whose factors and gradients the caller keeps in registers.
   SPARTA_INLINE Vector short_row(const T* x_row, const T* gy_row, const T* gy2_row, T* gx_row, int64_t count, Acc factor,
                                  Vector columns, Vector& grad_cols) const {
     Vector gradient = load_partial(gy_row, count);

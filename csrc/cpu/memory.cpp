@@ -28,7 +28,7 @@ const void* file_of(const void* symbol) {
 }  // namespace
 
 bool malloc_is_glibc() {
-  // gnu_get_libc_version is defined by nobody else.
+  // Only glibc defines gnu_get_libc_version.
   const void* libc = file_of(reinterpret_cast<const void*>(&gnu_get_libc_version));
   const char* const names[] = {"malloc", "free", "posix_memalign", "mallopt"};
   for (const char* name : names)

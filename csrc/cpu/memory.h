@@ -1,4 +1,4 @@
-// What the process's allocator does with large buffers that are freed.
+// Whether the process's allocator keeps large buffers that are freed.
 #pragma once
 
 namespace sparta {
@@ -10,7 +10,7 @@ bool malloc_is_glibc();
 // trimmed. False, and nothing done, where malloc is not glibc's.
 bool keep_freed_memory();
 
-// As glibc does it by itself, and what is free by now is returned at once. Call it only after the one above.
+// Back to glibc's own behaviour; memory that is free is returned at once. Call it only after keep_freed_memory().
 void return_freed_memory();
 
 }  // namespace sparta

@@ -1,7 +1,7 @@
 // swish-relu and smooth-relu on a CPU: one pass forward (x read, y written), one pass backward (gy and x read, gx written).
 //
-// Threads share out chunks of a fixed size. The one sum, of b's gradient, is kept chunk by chunk and added up in order, so
-// it is the same for every number of threads.
+// Threads share chunks of a fixed size. The gradient of b is summed chunk by chunk, and the chunks' sums are added in
+// order, so that it is the same for every number of threads.
 #include "elements.h"
 
 namespace sparta {

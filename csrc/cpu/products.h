@@ -1,4 +1,4 @@
-// Matrix products of a library, for kernels that work on what a product leaves in the cache.
+// Matrix products by a library's functions, for kernels that process a product's result while it is in the cache.
 //
 // Compiled once, not per instruction set: the library chooses its own instructions.
 #pragma once
@@ -34,16 +34,16 @@ void set_products(const ProductFunctions&);
 class Products {
  public:
   // C = A B, all row-major, C in the accumulator's type; B of bfloat16 has its rows interleaved in pairs: element (k, n)
-  // is at 2 * (k / 2 * ldb + n) + k % 2, and k is even. After a failure nothing is computed any more.
+  // is at 2 * (k / 2 * ldb + n) + k % 2, and k is even. After a failure further calls do nothing.
   void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                 int64_t ldc) noexcept;
   void multiply(int64_t m, int64_t n, int64_t k, const bfloat16* a, int64_t lda, const bfloat16* b, int64_t ldb,
                 float* c, int64_t ldc) noexcept;
   void multiply(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb, double* c,
                 int64_t ldc) noexcept;
-  // What every thread calls when it has multiplied its last: the library may hold a state of the processor (AMX tiles).
+  // Every thread calls this after its last product: the library may hold processor state (AMX tiles).
   void release() noexcept;
-  // Throws what a product threw: for after the parallel region, which no exception may leave.
+  // Rethrows what a product threw. Call it after the parallel region, which no exception may leave.
   void check() const;
 
  private:

@@ -1,6 +1,6 @@
 // relu(a + b) on a CPU, forward and backward, in one pass each: what is kept in between is one bit an element.
 //
-// Threads share out blocks of 64 elements, whose bits are one 64-bit word: nobody else writes a byte of it.
+// Threads share blocks of 64 elements, whose bits are one 64-bit word: no byte is written by two threads.
 #define SPARTA_KEEP_SUBNORMALS  // simd.h: results are torch's, bit for bit
 #include "elements.h"
 
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kBlock = 64;
 
-// Elements::map with the sum of the two tensors; for a whole block the compiler sees how many elements there are.
+// Elements::map of the sum of the inputs; for whole blocks the number of elements is a constant.
 template <class T, int inputs, bool stream, class Function>
 SPARTA_INLINE void map_sum(const Elements<T, inputs, stream>& block, int64_t count, Function function) {
   const auto of_sum = [&](const auto* values, int64_t place) {
@@ -49,7 +49,7 @@ void forward(const ReluForward& args) {
     for (int64_t index = 0; index < blocks; ++index) {
       const int64_t start = index * kBlock, count = min(kBlock, args.elements - start);
       uint64_t bits = 0;
-      // A sum of two 16-bit numbers that is positive, and computed in float32, does not become 0 when it is rounded.
+      // Taken before rounding to T: a positive sum of two 16-bit numbers, in float32, does not round to 0.
       const auto rectified = [&](auto sum, int64_t place) {
         bits |= passing(sum) << place;
         return relu(sum);

@@ -1,5 +1,5 @@
 // A vector of floats as wide as the instruction set, and how tensors of each dtype are read into it and written from
-// it. Written with the compiler's vector extension (GCC and Clang); intrinsics only where it has no word for the thing.
+// it. Written with the compiler's vector extension (GCC and Clang), and with intrinsics where that cannot express it.
 //
 // Compiled once per instruction set: everything is always_inline or inside the SPARTA_ISA namespace (see activation.h).
 #pragma once
@@ -103,8 +103,8 @@ SPARTA_INLINE void store_bits(T* to, Vector vector) {
   __builtin_memcpy(to, &vector, sizeof vector);
 }
 
-// Past the cache: memory that is written whole need not be read first, which saves a third of a copy's traffic. For
-// aligned addresses, and results too large to be found in the cache by whoever reads them next (common.h, bypasses_cache).
+// Past the cache: lines that are written whole need not be read first, which saves a third of a copy's traffic. For
+// aligned addresses, and results too large to still be in the cache when they are read (common.h, bypasses_cache).
 template <class Vector, class T>
 SPARTA_INLINE void stream_bits(T* to, Vector vector) {
 #if defined(__AVX512F__)
@@ -119,14 +119,14 @@ SPARTA_INLINE void stream_bits(T* to, Vector vector) {
   store_bits(to, vector);
 }
 
-// ---- 16-bit formats, a register at a time ----------------------------------------------------------------
-
-// What was streamed before is seen by everybody before what is written after. Each thread that streams ends with it.
+// Orders streaming stores before all later stores. Every thread that streams must end with it.
 SPARTA_INLINE void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
+
+// ---- 16-bit formats, a register at a time ----------------------------------------------------------------
 
 // Between 16 and 32 bits a lane. GCC makes five to twenty instructions of __builtin_convertvector.
 SPARTA_INLINE WordVector zero_extend(HalfVector half) {
@@ -153,7 +153,7 @@ SPARTA_INLINE FloatVector widen(bfloat16, HalfVector half) { return (FloatVector
 
 #if defined(__AVX512BF16__) && !defined(SPARTA_KEEP_SUBNORMALS)
 
-// The instruction makes 0 of subnormal numbers; every other result is as below.
+// The instruction flushes subnormal numbers to 0; every other result is as below.
 SPARTA_INLINE HalfVector narrow(bfloat16, FloatVector value) { return (HalfVector)_mm512_cvtneps_pbh((__m512)value); }
 
 #else
@@ -287,9 +287,9 @@ SPARTA_INLINE void store_partial(T* to, typename Simd<T>::Vector value, int64_t 
   for (int64_t i = 0; i < count; ++i) to[i] = buffer[i];
 }
 
-// Ask for memory 4 kB ahead of where it is read (or written). The kernels stream through several tensors at once
-// and do some arithmetic between two loads; left to itself the hardware keeps too few of the misses in flight: on a
-// Zen 5 the gate's backward pass takes 1.75 times a copy without, 1.5 with.
+// Prefetch 4 kB ahead of where memory is read (or written). The kernels stream through several tensors at once, with
+// some arithmetic between two loads, and the hardware alone keeps too few misses in flight: on a Zen 5 the gate's
+// backward pass takes 1.75 times as long as a copy without this, and 1.5 times with it.
 template <class T>
 SPARTA_INLINE void prefetch_read(const T* at) {
   __builtin_prefetch(at + 4096 / sizeof(T), 0, 3);
@@ -342,8 +342,8 @@ SPARTA_INLINE FloatVector masked(FloatVector value, uint64_t bits) {
 
 // ---- sums of whole registers -----------------------------------------------------------------------------
 
-// Lanes of a and b (numbered after a's), `step` at a time in turn: with odd = 0 the even groups of a and of b, with
-// odd = 1 the odd ones. The sum of both halves the groups and interleaves the two registers.
+// Adds the even groups of `step` lanes of a and b to the odd ones, the results of a and of b in turn: half as many
+// groups of each are left, interleaved in one register.
 template <int step>
 SPARTA_INLINE FloatVector fold(FloatVector a, FloatVector b) {
   IntVector even, odd;
@@ -364,7 +364,7 @@ SPARTA_INLINE FloatVector fold(FloatVector a, FloatVector b) {
 #endif
 }
 
-// Lane i of the result is the sum of the lanes of rows[i]: all the rows at once cost what two would one by one.
+// Lane i of the result is the sum of the lanes of rows[i]. All rows together cost as much as two would one by one.
 template <int step = 1, int count = kFloatLanes>
 SPARTA_INLINE FloatVector sums(const FloatVector* rows) {
   if constexpr (count == 1) {
