@@ -1,7 +1,7 @@
-"""How an operation is computed, and who chooses.
+"""The backends that compute operations, and the choice between them.
 
-A backend is a module with one function per operation, all of the same names and signatures. ``reference`` is not
-among them: it is the plain PyTorch of `sparta_kernels.reference`, and runs everywhere.
+A backend is a module with one function per operation; names and signatures are the same in all backends. ``reference``
+is not such a module: it is the plain PyTorch of `sparta_kernels.reference`, and runs everywhere.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class use_backend:
 
 
 def choose(device: torch.device, backend: str | None = None, argument: str = "backend") -> Choice:
-    """The backend for tensors on `device`: the one asked for, or the best that can run there.
+    """The backend for tensors on `device`: the one requested, or the best that can run there.
 
-    "auto" is also an answer, where several could and which of them is faster depends on the operation (`module_for`).
+    The answer is "auto" where several can run, and which is faster depends on the operation (`module_for`).
 
     Args:
         device: where the operation's tensors are.
@@ -98,12 +98,12 @@ def choose(device: torch.device, backend: str | None = None, argument: str = "ba
 
 @lru_cache
 def module(name: str) -> ModuleType:
-    """A backend's functions. It is imported when it is first used: Triton alone takes longer than all the rest."""
+    """A backend's module, imported on first use: Triton alone takes longer to import than everything else."""
     return import_module(f"sparta_kernels.backends.{name}")
 
 
 def module_for(backend: str, operation: str, tensor: Tensor) -> ModuleType:
-    """The functions that compute `operation` on `tensor`, where `backend` is what `choose` gave."""
+    """The module that computes `operation` on `tensor`; `backend` is the result of `choose`."""
     return module(choices.fastest(operation, tensor).backend if backend == "auto" else backend)
 
 

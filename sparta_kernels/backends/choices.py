@@ -1,8 +1,8 @@
-"""Which of several backends is the faster one: a table of measurements.
+"""The table of measurements that tells which backend is faster.
 
-``choices.csv``, beside this file, has a row for every change of mind: for that operation, compute capability, dtype and
-layout, tensors of up to so many elements are computed by that backend; the last row of a group also holds above its
-size. ``benchmarks/choices.py`` writes it from what ``benchmarks/ops.py`` measured.
+A row of ``choices.csv``, beside this file, names the backend for an operation, compute capability, dtype and layout,
+and tensors of up to a number of elements. Rows differ where the faster backend does; the last row of a group also holds
+above its size. ``benchmarks/choices.py`` writes it from what ``benchmarks/ops.py`` measured.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ UNMEASURED = "native"
 
 
 class Choice(NamedTuple):
-    """A backend's name and the reason why it was taken."""
+    """A backend's name, and why it was chosen."""
 
     backend: str
     reason: str
 
 
 class Row(NamedTuple):
-    """One line of the table. Its capability reads as "9.0", its dtype as "bfloat16", its layout as `layout_of` says."""
+    """A row of the table. Capability is such as "9.0", dtype such as "bfloat16", layout as `layout_of` returns it."""
 
     operation: str
     capability: str
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
 
 def read(path: Path) -> tuple[Row, ...]:
-    """The table in a file, sorted: a group's smallest sizes first.
+    """Read a table, sorted with a group's smallest sizes first.
 
     Raises:
         ValueError: the file is not such a table; the message names the line.
@@ -77,7 +77,7 @@ def rows() -> tuple[Row, ...]:
 
 
 def told(capability: str) -> dict[str, str]:
-    """The installed table for one kind of GPU, as phrases to read."""
+    """The installed table for one kind of GPU, as readable phrases."""
     phrases: dict[str, str] = {}
     groups: dict[str, list[Row]] = {}
     for row in rows():

@@ -1,6 +1,6 @@
-"""How a tensor's memory is described to the kernels of every backend, and what must be copied because it cannot be.
+"""How a tensor's memory layout is described to kernels, and which tensors have to be copied first.
 
-A gate kernel sees an image batch (N, C, H, W) as one matrix a sample whose rows are contiguous: rows are channels and
+A gate kernel sees an image batch (N, C, H, W) as one matrix per sample with contiguous rows: rows are channels and
 columns pixels (planar, NCHW), or rows are pixels and columns channels (channels_last).
 """
 
@@ -25,9 +25,9 @@ class Rows(NamedTuple):
 
 @lru_cache(maxsize=256)  # a network asks for few layouts, again and again
 def row_strides(shape: torch.Size, stride: tuple[int, ...], planar: bool) -> tuple[int, int] | None:
-    """Sample stride and row stride of an image batch whose rows are contiguous, or None where they are not.
+    """Sample stride and row stride of an image batch whose rows are contiguous; None if they are not.
 
-    Strides of extents below 2 say nothing, and are not looked at; an empty batch has no rows to lie anywhere.
+    Strides of extents below 2 are meaningless and ignored; an empty batch has no rows.
     """
     samples, channels, height, width = shape
     if samples * channels * height * width == 0:
@@ -46,7 +46,7 @@ def row_strides(shape: torch.Size, stride: tuple[int, ...], planar: bool) -> tup
 
 @lru_cache(maxsize=256)
 def is_planar(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    """Whether rows are channels. Where both would do (one pixel, or one channel) the longer rows are taken."""
+    """Whether rows are channels. If both are possible (one pixel, or one channel), the longer rows are taken."""
     one_pixel = shape[2] * shape[3] == 1
     pixels_in_rows = row_strides(shape, stride, False) is not None
     return not pixels_in_rows if one_pixel else row_strides(shape, stride, True) is not None or not pixels_in_rows
@@ -63,7 +63,7 @@ def as_rows(image: Tensor, planar: bool) -> Rows:
 
 
 class Output:
-    """A new tensor with the strides that torch gives to elementwise results, and rows for a kernel to write it."""
+    """A new tensor with the strides of torch's elementwise results, and the rows by which a kernel writes it."""
 
     def __init__(self, like: Tensor, planar: bool) -> None:
         self.tensor = torch.empty_like(like)
@@ -84,7 +84,7 @@ def in_order_of(tensor: Tensor, model: Tensor) -> Tensor:
 
 @contextmanager
 def gapless(tensor: Tensor) -> Iterator[Tensor]:
-    """`tensor`, to be written in place, or a copy of it without gaps that is written back at the end."""
+    """`tensor`, to be written in place, or a gapless copy that is written back at the end."""
     whole = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
     target = tensor if whole else tensor.contiguous()
     yield target
@@ -123,5 +123,5 @@ def scratch(size: int, like: Tensor) -> Tensor | None:
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """New memory for one bit an element."""
+    """New memory for one bit per element."""
     return torch.empty((tensor.numel() + 7) // 8, dtype=torch.uint8, device=tensor.device)

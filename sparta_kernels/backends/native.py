@@ -1,4 +1,4 @@
-"""The compiled kernels, C++ and CUDA: torch tensors in, addresses and strides down to C++.
+"""The compiled kernels, C++ and CUDA: takes torch tensors, passes addresses and strides.
 
 Tensors arrive checked (`sparta_kernels.ops`).
 """
@@ -223,7 +223,7 @@ def relu_backward(grad: Tensor, grad2: Tensor | None, bits: Tensor, stride: tupl
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the attention network's matrices are multiplied in, for images of `dtype`."""
+    """The dtype of the attention network's matrix products, for images of `dtype`."""
     if dtype == torch.float64:
         return dtype
     # Without instructions for it, bfloat16 would be converted for every product, not once for all of them.

@@ -1,8 +1,8 @@
-"""The matrix products that the CPU kernels call: oneDNN's brgemm and BLAS's dgemm, as torch brings them.
+"""The matrix products that the CPU kernels call: oneDNN's brgemm and BLAS's dgemm, as bundled with torch.
 
-torch compiles code of its own against these functions of its libtorch_cpu (``at::native::cpublas``), but promises them
-to nobody. So they are looked up by name, arguments included, and tried out before they are used; where one is missing,
-or computes something else, the kernels that want it are not used.
+torch compiles its own code against these functions of libtorch_cpu (``at::native::cpublas``), but they are not a public
+API. So they are looked up by mangled name, which includes the arguments, and tested before use. If one is missing or
+computes something else, the kernels that need it are not used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NAMES = (
 
 @lru_cache
 def available() -> frozenset[torch.dtype]:
-    """The dtypes whose products can be used on this machine."""
+    """The dtypes whose products work on this machine."""
     try:
         library = ctypes.CDLL("libtorch_cpu.so")  # the one that is loaded
     except OSError:
@@ -47,19 +47,19 @@ def available() -> frozenset[torch.dtype]:
 
 
 def in_pairs(matrix: torch.Tensor) -> torch.Tensor:
-    """A bfloat16 matrix as the right operand of a product: rows interleaved in pairs, a row of 0 behind an odd last."""
+    """A bfloat16 matrix as the right operand of a product: rows interleaved in pairs, a zero row after an odd last."""
     if matrix.shape[0] % 2:
         matrix = torch.nn.functional.pad(matrix, (0, 0, 0, 1))
     return matrix.unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
 
 
 def out_of_pairs(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix that `in_pairs` made this of, the row of 0 behind an odd last with it."""
+    """The inverse of `in_pairs`; keeps the zero row after an odd last one."""
     return matrix.transpose(1, 2).flatten(0, 1).contiguous() if matrix.numel() else matrix
 
 
 def _right(dtype: torch.dtype) -> bool:
-    """Whether a product of small whole numbers, which every dtype holds, comes out as it should."""
+    """Whether a product of small integers, which every dtype represents exactly, is correct."""
     # In numpy: whatever mode torch is in does not matter.
     a = (np.arange(5 * 18) % 7 - 3.0).reshape(5, 18)
     b = (np.arange(18 * 33) % 5 - 2.0).reshape(18, 33)

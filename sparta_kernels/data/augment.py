@@ -1,4 +1,4 @@
-"""Random crops and mirror images, where the images are, without worker processes."""
+"""Random crops and mirroring on the images' own device, without worker processes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""CIFAR-10 (Krizhevsky, 2009): 60,000 colour images of 32x32 in ten classes, https://www.cs.toronto.edu/~kriz/cifar.html.
+"""CIFAR-10 (Krizhevsky, 2009): 60,000 colour images of 32x32 in ten classes,
+https://www.cs.toronto.edu/~kriz/cifar.html.
 
-Both of its versions, "python" and "binary", are read from the archive as it comes or from the extracted folder.
-Nothing is extracted to disk, and the python version's pickles can make arrays and nothing else.
+Both versions, "python" and "binary", are read from the archive or from the extracted folder. Nothing is extracted to
+disk, and the python version's pickles can create only numbers, text and arrays.
 """
 
 from __future__ import annotations

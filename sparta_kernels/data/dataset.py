@@ -1,4 +1,4 @@
-"""What every data set has to offer. A new one is one file like digits.py and one line in __init__.py."""
+"""The interface of data sets. A new one is a file like digits.py and a line in __init__.py."""
 
 from __future__ import annotations
 

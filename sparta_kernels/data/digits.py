@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1797 grey images of 8x8 that ship with it, nothing to download."""
+"""scikit-learn's handwritten digits: 1797 greyscale images of 8x8, shipped with it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _read(root: Path | None, split: str) -> tuple[Tensor, Tensor]:
 
 
 def _rows(labels: np.ndarray, split: str) -> np.ndarray:
-    """Row numbers of a split, rising. Each class gives the test split its share of the 360.
+    """Row numbers of a split, ascending. The 360 test images are stratified by class.
 
     `RandomState` because numpy promises that its stream never changes: the split is the same for everybody.
     """

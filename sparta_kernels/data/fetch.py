@@ -1,4 +1,4 @@
-"""Downloads of the data sets' files: checked, and gone on with where they were cut off. Standard library only."""
+"""Downloads of the data sets' files, checked and resumable. Standard library only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class File:
-    """One file of a data set as it is published.
+    """One published file of a data set.
 
     Attributes:
         name: the file's name.
@@ -117,22 +117,22 @@ def files(name: str, url: str | None = None) -> tuple[File, ...]:
 
 
 def is_there(file: File, root: str | os.PathLike[str]) -> bool:
-    """Whether `root` has the file, whole."""
+    """Whether `root` has the complete file."""
     path = Path(root) / file.name
     return path.is_file() and path.stat().st_size == file.size and _sha256(path) == file.sha256
 
 
 def part_of(file: File, root: str | os.PathLike[str]) -> Path:
-    """Where what has arrived of a file is kept until all of it has."""
+    """The path of a file's incomplete download."""
     return Path(root) / f"{file.name}.part"
 
 
 def download(file: File, root: str | os.PathLike[str], on_progress: OnProgress | None = None) -> Path:
     """Download one file into the folder `root`.
 
-    What arrives is collected in NAME.part, and takes its name once the checksum is right. A transfer that breaks off
-    is gone on with where it stopped, in this call or, `NAME.part` being there, in a later one, if the server can do
-    that and still has the same file; otherwise it starts again.
+    The download is written to NAME.part, which is renamed once its checksum is right. A transfer that breaks off
+    resumes where it stopped, in this call or, from `NAME.part`, in a later one, if the server supports that and still
+    has the same file; otherwise it starts again.
 
     Args:
         on_progress: called with the file and the bytes that are there so far.
@@ -168,7 +168,7 @@ def download(file: File, root: str | os.PathLike[str], on_progress: OnProgress |
 
 
 def kept(file: File, root: str | os.PathLike[str]) -> str:
-    """What is left of a transfer that did not end well, and how to go on."""
+    """What a failed transfer has left, and how to resume."""
     part = part_of(file, root)
     if not part.exists():
         return "nothing was kept"
@@ -188,7 +188,7 @@ class _BrokenOff(Exception):
 
 
 def _transfer(file: File, part: Path, on_progress: OnProgress) -> None:
-    """Bring `part` from the bytes that it has to all of them."""
+    """Complete `part`."""
     have = part.stat().st_size if part.exists() else 0
     if have > file.size:
         _discard(part)
@@ -256,7 +256,7 @@ def _start(file: File, part: Path, response: Any, have: int) -> int:
 
 
 def _validator(response: Any) -> str:
-    """What tells this version of the file from another, for If-Range: a strong ETag or the date; or nothing."""
+    """The validator of this version of the file for If-Range: a strong ETag or the date; or nothing."""
     tag = response.headers.get("ETag", "")
     return tag if tag.startswith('"') else response.headers.get("Last-Modified", "")
 

@@ -1,4 +1,4 @@
-"""Files that are either written whole or not at all."""
+"""Atomic writes: a file is either written completely or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ except ImportError:  # not POSIX
 def check_writable(path: str | os.PathLike[str]) -> Path:
     """`path` if a file can be written there; otherwise an OSError that says why not. Leaves nothing behind.
 
-    The only sure way to know is to write: a permission bit says nothing to root, nor of a full or read-only disk.
+    The only reliable test is to write: permission bits say nothing about root, or about full or read-only disks.
     """
     path = Path(path)
     if path.is_dir():
@@ -35,7 +35,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write `content` to `path` so that, if the power fails, the old or the new file is there, whole.
+    """Write `content` to `path` so that, even after a power failure, either the old or the new file is there, complete.
 
     Raises:
         OSError: it cannot be written; the old file, if any, is untouched.
@@ -51,7 +51,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file to write instead of `path`, whose place it takes, whole and for good, once the block has ended well."""
+    """A file to write instead of `path`, which it replaces atomically and durably if the block succeeds."""
     path = Path(path)
     with _temporary(path) as temporary:
         yield temporary
@@ -70,7 +70,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def _temporary(path: Path) -> Iterator[Path]:
     """A new empty file beside `path` (a rename must not cross file systems), removed unless moved away.
 
-    It is locked meanwhile: one that is not is of a process that was killed, and is removed here.
+    It is locked meanwhile. One that is not locked was left by a process that was killed, and is removed here.
     """
     _remove_abandoned(path)
     try:
@@ -85,7 +85,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _create(path: Path) -> tuple[Path, BinaryIO]:
-    """The temporary file, and the same open and locked."""
+    """Create the temporary file; returns its path, and it open and locked."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         owned = temporary.open("xb")
@@ -96,7 +96,7 @@ def _create(path: Path) -> tuple[Path, BinaryIO]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what processes that were killed while they wrote `path` have left."""
+    """Remove temporary files left by processes that were killed while they wrote `path`."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
     try:
         found = [path.with_name(other) for other in os.listdir(path.parent) if name.fullmatch(other)]
@@ -109,7 +109,7 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _lock(file: BinaryIO, *, wait: bool) -> bool:
-    """Whether the file is now this process's, until it is closed or the process ends."""
+    """Lock the file until it is closed or the process ends; returns whether that succeeded."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (AttributeError, OSError):  # a system or a file system without locks, or somebody else's

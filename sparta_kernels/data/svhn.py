@@ -42,7 +42,7 @@ def _read(root: Path | None, split: str) -> tuple[Tensor, Tensor]:
 
 
 def _tensors(found: dict[str, np.ndarray], count: int) -> tuple[Tensor, Tensor]:
-    """X (H, W, C, N) and y (N, 1), which calls the digit 0 "10", as images (N, C, H, W) and labels (N,)."""
+    """X (H, W, C, N) and y (N, 1), in which the digit 0 is 10, as images (N, C, H, W) and labels (N,)."""
     channels, height, width = SHAPE
     for name, shape in (("X", (height, width, channels, count)), ("y", (count, 1))):
         if name not in found:

@@ -1,7 +1,8 @@
 """Tiny-ImageNet (Stanford CS231n): 110,000 labelled images of 64x64 in 200 classes, from the zip or extracted.
 
-Decoding takes tens of seconds, so the pixels are kept in a safetensors file beside the source: 1.2 GB for the
-training images, 0.1 GB for the others. It names the source that it was made from; another source's is made anew.
+Decoding takes tens of seconds, so the pixels are cached in a safetensors file beside the source: 1.2 GB for the
+    training
+images, 0.1 GB for the others. The cache records its source, and is rebuilt for another one.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ def _labelled(source: _Zip | _Folder, split: str) -> list[tuple[str, int]]:
 
 
 def _shown(files: list[tuple[str, int]], what: str) -> Iterator[tuple[str, int]]:
-    """The files, with a bar on the terminal, if there is one, that is gone in the end."""
+    """The files, with a transient progress bar if there is a terminal."""
     console = Console(stderr=True)
     quiet = not console.is_terminal or os.environ.get("LOCAL_RANK", "0") != "0"
     yield from track(files, what, console=console, transient=True, disable=quiet)
@@ -211,7 +212,7 @@ def _cache(folder: Path, split: str) -> Path:
 
 
 def _from_cache(path: Path, split: str, fingerprint: str | None) -> tuple[Tensor, Tensor] | None:
-    """What was kept, if it is whole and, where a fingerprint is given, made from that source."""
+    """The cached tensors, if they are intact and match the fingerprint, where one is given."""
     if not path.is_file():
         return None
     try:
@@ -226,7 +227,7 @@ def _from_cache(path: Path, split: str, fingerprint: str | None) -> tuple[Tensor
 
 
 def _keep(path: Path, images: Tensor, labels: Tensor, fingerprint: str) -> None:
-    """Store the pixels for the next time; where that fails, say so and go on without."""
+    """Cache the pixels; if that fails, warn and continue without."""
     try:
         with replacing(path) as temporary:
             save_file({"images": images, "labels": labels}, str(temporary), {"source": fingerprint})

@@ -15,9 +15,9 @@ from ..attack import PGDResult, Prepared
 
 
 class Batch(NamedTuple):
-    """`real` images from number `start` on, filled up with copies of the first to `size`.
+    """`real` images from number `start` on, padded to `size` with copies of the first.
 
-    `parity`: for the fp32 attack that another precision is compared with.
+    `parity`: whether it belongs to the fp32 attack that another precision is compared with.
     """
 
     start: int
@@ -70,18 +70,18 @@ class Attacker:
         self._exact: Prepared | None = None
 
     def warm_up(self, batch: Batch) -> PGDResult:
-        """One step: first calls choose kernels, compile and capture."""
+        """Run one step, since first calls choose kernels, compile and capture."""
         rows = batch.rows(self.images.device)
         self.prepared.exact(self.images[rows])
         return self._pgd(self.prepared, rows, 1, (1,), self.engine, None)
 
     def trial(self, count: int) -> None:
-        """One step on the first `count` images, with what needs no compilation for every shape."""
+        """Run one step on the first `count` images, with an engine that does not compile for every shape."""
         rows = torch.arange(count, device=self.images.device)
         self._pgd(self.prepared, rows, 1, (1,), "eager", None)
 
     def run(self, batch: Batch, tick: Callable[[int], None]) -> dict[str, np.ndarray]:
-        """What becomes of the batch's real images, by the names of the arrays in `Outcomes`."""
+        """The outcomes of the batch's real images, by the names of the arrays in `Outcomes`."""
         rows = batch.rows(self.images.device)
         if batch.parity:
             if self._exact is None:
@@ -132,5 +132,5 @@ class Attacker:
 
 
 def _stack(by_iterate: dict[int, Tensor]) -> Tensor:
-    """(N, K) out of K times (N,), in rising order of the iterates."""
+    """(N, K) from K tensors (N,), in ascending order of the iterates."""
     return torch.stack([by_iterate[k] for k in sorted(by_iterate)], dim=1)

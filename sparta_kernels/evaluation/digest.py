@@ -1,4 +1,4 @@
-"""Fingerprints of a network and of images, by which a stored run knows its own."""
+"""Digests of a network and of images, by which a stored run recognises its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def model_digest(model: nn.Module) -> str:
-    """Of all that a state dict holds, of every buffer, and of the modules' kinds and settings (as they print them)."""
+    """A digest of the state dict, of every buffer, and of the modules' types and settings (as printed)."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -24,7 +24,7 @@ def model_digest(model: nn.Module) -> str:
 
 
 def data_digest(*tensors: Tensor) -> str:
-    """Of these tensors' values, shapes and dtypes, in their order."""
+    """A digest of these tensors' values, shapes and dtypes, in their order."""
     digest = hashlib.sha256()
     for tensor in tensors:
         _add(digest, tensor)

@@ -1,4 +1,4 @@
-"""The most memory that a stretch of work held at once, and what is free for one."""
+"""The peak memory of a piece of work, and the memory available."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 
 class PeakMemory:
-    """Measures from its making on: on a GPU torch's tensors there, else the process's resident set."""
+    """Measures the peak since its creation: on a GPU of torch's tensors there, else of the process's resident set."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
@@ -45,15 +45,15 @@ class PeakMemory:
 
 
 def _return_free_memory() -> None:
-    """Have glibc give back what earlier work freed, or it would count towards the next peak."""
+    """Have glibc return memory that earlier work freed, which would otherwise count towards the next peak."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that could be allocated on `device` now: on a CPU also as far as the process's control groups allow.
+    """Bytes that could be allocated on `device` now; on a CPU, within the process's control groups.
 
-    None where the system does not say.
+    None if the system does not tell.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -56,7 +56,7 @@ class Outcomes:
         steps: int,
         parity: int,
     ) -> Outcomes:
-        """Outcomes of which none is known."""
+        """Make outcomes of which none is known."""
         count, iterates = len(index), len(report_at)
         fixed = {
             "index": index.astype(np.int64),
@@ -84,7 +84,7 @@ class Outcomes:
         return Outcomes(self.settings, self.arrays | results)
 
     def knows(self, parity: bool, rows: slice) -> bool:
-        """Whether all outcomes of these images are there: of the attack, or of the fp32 one beside it."""
+        """Whether all outcomes of these images are known: of the attack, or of the fp32 attack beside it."""
         return bool(self.arrays["parity_done" if parity else "done"][rows].all())
 
     def put(self, rows: slice, **results: np.ndarray) -> None:
@@ -98,14 +98,14 @@ class Outcomes:
         return fixed and all(array.shape == other.arrays[name].shape for name, array in self.arrays.items())
 
     def take_over(self, other: Outcomes) -> None:
-        """Add what `other`, which must fit, knows."""
+        """Add the outcomes known to `other`, which must fit."""
         for names in (self.RESULTS, self.PARITY):
             rows = other.arrays[names[0]]
             for name in names:
                 self.arrays[name][rows] = other.arrays[name][rows]
 
     def save(self, path: Path) -> None:
-        """Write them to `path`, whole or not at all: equal outcomes give equal bytes.
+        """Write them to `path` atomically; equal outcomes give equal bytes.
 
         Raises:
             OSError: it cannot be written; what was there before still is.

@@ -1,4 +1,4 @@
-"""What an evaluation found, counted from the outcomes of its images."""
+"""The result of an evaluation, counted from the outcomes of its images."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Evaluation:
     parity: Parity | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The evaluation as JSON can hold it: iterates become strings."""
+        """The evaluation as JSON-serialisable values; iterates become strings."""
         content = asdict(self) | {"batch": self.batch._asdict()}
         if self.parity is not None:
             content["parity"] |= {"difference": self.parity.difference, "passed": self.parity.passed}
@@ -103,7 +103,7 @@ def errors(outcomes: Outcomes) -> tuple[float, dict[int, float]]:
 
 
 def target_success(outcomes: Outcomes) -> dict[int, float]:
-    """The share of images on which the attack got its target, at each reported iterate."""
+    """The share of images on which the attack hit its target, at each reported iterate."""
     return _by_iterate(outcomes, outcomes.arrays["hit"][outcomes.arrays["done"]])
 
 

@@ -1,4 +1,4 @@
-"""The work itself: batch by batch, each stored at once."""
+"""Runs an evaluation batch by batch; each is stored at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Progress:
 
 
 class Work(NamedTuple):
-    """All outcomes, and what it took to get those that were not known before."""
+    """All outcomes, and the cost of those that were not known before."""
 
     outcomes: Outcomes
     attacked: int
@@ -57,7 +57,7 @@ def run(
     processes: Processes,
     progress: Callable[[Progress], None] | None,
 ) -> Work:
-    """Attack what is not `known` yet. Each of the processes does its share, and gets everything."""
+    """Attack the images that are not `known` yet. Each process does its share, and gets all outcomes."""
     every = batches(len(attacker.images), size.images, len(known.arrays["parity_done"]))
     mine = processes.share([batch for batch in every if not known.knows(batch.parity, batch.span)])
     outcomes = known if processes.rank == 0 else known.blank()  # what is known must be there once when it is summed

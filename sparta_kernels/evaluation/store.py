@@ -1,4 +1,4 @@
-"""The file that an evaluation keeps its outcomes in, and those of its other processes beside it."""
+"""The file of an evaluation's outcomes, and those of its other processes beside it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _LATE = {"engine_used"}
 
 
 class Store:
-    """Keeps outcomes in a file, from which a run that was stopped at any moment goes on.
+    """Keeps outcomes in a file, from which a run stopped at any moment can resume.
 
-    Process 0 writes the file itself, any further process one beside it; a file left beside it belongs to a run that
-    was stopped, with whatever number of processes.
+    Process 0 writes the file itself, every other process one beside it. A file left beside it belongs to a run that was
+    stopped, with any number of processes.
 
     Args:
         path: the file; None keeps nothing.
@@ -42,11 +42,11 @@ class Store:
 
     @property
     def settings(self) -> Mapping[str, Any] | None:
-        """Those of the run that is resumed; None if there is none."""
+        """The settings of the resumed run; None if there is none."""
         return self._before[0].settings if self._before else None
 
     def take_up(self, outcomes: Outcomes) -> None:
-        """Add to `outcomes` what was known before, and clear up so that all of it is in one file.
+        """Add outcomes known before to `outcomes`, and merge them into one file.
 
         Raises:
             OutcomesError: the run that is resumed is another one, or its file is damaged.
@@ -69,18 +69,18 @@ class Store:
         self._processes.wait()  # all are written anew, if they are
 
     def settle(self, outcomes: Outcomes, **late: Any) -> None:
-        """Note the settings that are known only now. OutcomesError if the run that is resumed had others."""
+        """Set the settings that are known only now. OutcomesError if the resumed run had others."""
         outcomes.settings |= late
         if self._before:
             self._compare(self._found[0], outcomes.settings, self._before[0].settings)
 
     def save(self, outcomes: Outcomes) -> None:
-        """Keep what this process knows. OSError if it cannot be written; what was kept before still is."""
+        """Write what this process knows. OSError if that fails; what was written before is kept."""
         if self._own is not None:
             outcomes.save(self._own)
 
     def finish(self, outcomes: Outcomes) -> None:
-        """Keep the outcomes of all processes, in the one file."""
+        """Write the outcomes of all processes to the one file."""
         if self._path is not None and self._processes.rank == 0:
             outcomes.save(self._path)
             _remove_parts(self._path)
@@ -105,7 +105,7 @@ def _part(path: Path, rank: int) -> Path:
 
 
 def _parts(path: Path) -> list[Path]:
-    """What processes other than 0 have left beside the file."""
+    """The files that processes other than 0 have left beside the file."""
     name = re.compile(re.escape(path.name) + r"\.part\d+")
     return sorted(file for file in path.parent.glob("*") if name.fullmatch(file.name))
 
@@ -116,7 +116,7 @@ def _remove_parts(path: Path) -> None:
 
 
 def _remove_unfinished(path: Path) -> None:
-    """What processes that were killed while they wrote have left: see `data.files.write_atomically`."""
+    """Remove temporary files of killed processes: see `data.files.write_atomically`."""
     name = re.compile(rf"\.{re.escape(path.name)}(\.part\d+)?\.[0-9a-f]{{8}}\.tmp")
     for file in path.parent.glob(".*.tmp"):
         if name.fullmatch(file.name):
@@ -124,7 +124,7 @@ def _remove_unfinished(path: Path) -> None:
 
 
 def _advice(keys: list[str], old: Mapping[str, Any]) -> str:
-    """Why a difference that changes no image's attack matters all the same."""
+    """Why a setting that does not change any image's attack must be the same too."""
     if keys in (["threads"], ["batch_size"], ["batch_size", "threads"]):
         return " (rounding depends on it, and the outcomes would no longer be those of one run)"
     return ""

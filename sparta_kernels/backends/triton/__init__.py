@@ -1,8 +1,8 @@
 """The kernels in Triton, for NVIDIA GPUs: the same functions as `sparta_kernels.backends.native`.
 
-Every operation is planned first, as a list of launches, and run then. A plan can be made of tensors on the device
-"meta" too, to compile its kernels ahead of time. With TRITON_INTERPRET=1 set before triton is imported, the kernels are
-plain Python, and run (slowly) on the CPU.
+Every operation is first planned, as a list of launches, and then run. A plan can also be made with tensors on the
+device "meta", to compile its kernels ahead of time. If TRITON_INTERPRET=1 is set before triton is imported, the kernels
+are plain Python and run (slowly) on the CPU.
 
 Tensors arrive checked (`sparta_kernels.ops`).
 """

@@ -1,8 +1,8 @@
 """SPARTA's attention network at K = 1: two kernels in which no hidden tensor reaches memory.
 
-Pixels of all samples are counted through, sample by sample, and a program takes PIXELS of them: a part of a sample,
-one, or several, and with them parts of two more where a sample's pixels are no power of two. All matrices of a program
-are pixels x channels, so that a pixel's bits lie in a row; a mask selects, it does not multiply.
+The pixels of all samples are numbered consecutively, and a program takes PIXELS of them: a part of a sample, one sample
+or several, and parts of two more if a sample's pixels are not a power of two. All matrices of a program are
+pixels x channels, so a pixel's bits are in a row. Masks select, they do not multiply.
 """
 # mypy: ignore-errors
 

@@ -1,7 +1,7 @@
 """The attention network's launches and their table, and its functions: those of `sparta_kernels.backends.native`.
 
-Weights arrive packed: padded with zeros to what `tl.dot` takes, once as they are and once transposed, so that every
-matrix product finds what it sums over side by side in memory.
+Weights are packed: padded with zeros to what `tl.dot` takes, once as they are and once transposed, so that every matrix
+product's reduction axis is contiguous.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def _shared(arch: int) -> int:
 def attention_forward_tiling(total: int, channels: int, hidden: int, itemsize: int, arch: int) -> AttentionTiling:
     """For that many pixels in all, and padded extents.
 
-    A program reads all weights, out of the second cache, whatever its tile: with 128 hidden channels and more that is
-    what takes longest. So it takes 128 pixels where there are enough of them to give every multiprocessor some, and
-    registers allow; with 256 hidden channels these have room for one hidden tensor at a time.
+    A program reads all weights from L2, whatever its tile; with 128 hidden channels and more this is the bottleneck. So
+    tiles have 128 pixels if there are enough of them for every multiprocessor, and registers allow. With 256 hidden
+    channels registers have room for one hidden tensor at a time.
     """
     step = min(128 // itemsize, channels)
     chunk = min(128 // itemsize, hidden)
@@ -77,8 +77,8 @@ def attention_backward_tiling(
 ) -> AttentionTiling:
     """For that many pixels in all, and padded extents. G1 and G3 lie in shared memory, or in registers.
 
-    For larger tiles the same is true as forward, but registers suffice only where float16's scales and a planar image's
-    addresses do not take some.
+    Larger tiles help as they do forward, but registers suffice only if float16's scales and a planar image's addresses
+    do not take some.
     """
     itemsize = dtype.itemsize
     depth = min(128 // itemsize, hidden)

@@ -1,8 +1,8 @@
-"""What is launched: a kernel with its arguments, and the table that says how large its tiles are.
+"""Kernel launches, and the table of tile sizes.
 
-The table is a function of shape, dtype and memory layout, never of the device: how a sum is divided, and with it its
-last bit, is the same on every GPU. One of 132 multiprocessors was in mind. Nothing is tuned at run time. (The attention
-network's tiles are in attention_plan.py, and do depend on the device: what does not spill differs.)
+The table is a function of shape, dtype and memory layout, never of the device: how a sum is divided, and so its last
+bit, is the same on every GPU. It was designed for 132 multiprocessors. Nothing is tuned at run time. (The attention
+network's tiles are in attention_plan.py, and do depend on the device, since devices differ in what spills.)
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ def _interpreting() -> Iterator[None]:
 
 
 def work_types(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """The type that is computed in, for torch and for Triton."""
+    """The type to compute in, for torch and for Triton."""
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
 def check_pixels(operation: str, name: str, pixels: int) -> None:
-    """These kernels count a sample's pixels in 32 bits; all else is 64 bits wide."""
+    """Refuse too many pixels: these kernels count a sample's pixels in 32 bits, everything else in 64."""
     if pixels > 2**31 - 2**12:
         raise ValueError(
             f"{operation}: {name} must have at most 2**31 - 2**12 pixels for backend 'triton', got {pixels}"
@@ -99,7 +99,7 @@ def power_below(value: int) -> int:
 
 
 def _columns(extent: int, limit: int) -> int:
-    """The width of a tile: all columns, or else the largest power of two that leaves little of the last tile empty."""
+    """The width of a tile: all columns, else the largest power of two that leaves little of the last tile empty."""
     whole = power_above(extent)
     if whole <= limit:
         return whole
@@ -108,7 +108,7 @@ def _columns(extent: int, limit: int) -> int:
 
 
 def _samples(samples: int, elements: int, tile: int) -> int:
-    """How many samples of so few elements share a program, which takes `tile`; some programs must be left to run."""
+    """How many samples of so few elements share a program of `tile` elements, leaving enough programs to run."""
     return max(1, min(tile // elements, power_below(samples // 16)))
 
 
@@ -121,7 +121,7 @@ class ForwardTiling(NamedTuple):
 
 @lru_cache(maxsize=256)
 def gate_forward_tiling(samples: int, rows: int, cols: int, itemsize: int) -> ForwardTiling:
-    """64 bytes a thread, four loads of 16: with the 1500 threads that fit, 96 kB are under way in a multiprocessor."""
+    """64 bytes a thread in four 16-byte loads: with the 1500 threads that fit, a multiprocessor has 96 kB in flight."""
     tile = 4 * WARP * 64 // itemsize
     width = _columns(cols, min(tile, 1024))
     height = min(power_above(rows), tile // width)
@@ -147,13 +147,13 @@ def gate_backward_tiling(
 ) -> BackwardTiling:
     """How a sample is divided among programs, and a program's work into tiles.
 
-    A program that has a whole sample finishes it: no second kernel is needed. So it is where there are samples enough
-    to fill the machine, or so little in them that nothing is gained by dividing. Else a sample is divided by pixels, so
-    that gradients of pixels are whole, and only if that is not enough, or not possible, by channels.
+    A program with a whole sample finishes it without a second kernel. This is done if there are enough samples to fill
+    the machine, or too little in them to gain by dividing. Otherwise a sample is divided by pixels, so that gradients
+    of pixels are whole, and by channels only if that is not enough or not possible.
 
-    A tile is 64 bytes a thread of x and as much of gy. That takes 165 registers or fewer on sm_90, so that 12 warps,
-    with 48 kB under way, fit into a multiprocessor; where masks, strides or cells (`plain` is false) take
-    registers too, it is half of that.
+    A tile is 64 bytes of x and as many of gy per thread. That takes at most 165 registers on sm_90, so 12 warps, with
+    48 kB in flight, fit on a multiprocessor. If masks, strides or cells take registers too (`plain` is false), a tile
+    is half of that.
     """
     widest = 512 if itemsize == 8 else 1024  # sums over rows are kept for every column
     wanted = 1 if samples >= 128 or rows * cols <= 16384 else ceil_div(512, samples)
@@ -205,7 +205,7 @@ class ConvTiling(NamedTuple):
 
 
 def conv_tiling(pixels: int, size: int, itemsize: int) -> ConvTiling:
-    """At most 32 products a thread at a time."""
+    """At most 32 products per thread at a time."""
     width = min(512 if itemsize == 8 else 1024, power_above(pixels))  # 16 warps have 128 registers a thread at most
     warps = max(1, width // (2 * WARP))
     # All that there are: left alone, ptxas spills for an occupancy that is not needed.
