@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from .claims import claimed
 from .interrupts import Held, uninterrupted
 
 Work = TypeVar("Work")
@@ -33,6 +35,15 @@ class Processes:
     def share(self, work: Sequence[Work]) -> Sequence[Work]:
         """What of `work` falls to this process."""
         return work[self.rank :: self.count]
+
+    @contextmanager
+    def claim(self, path: Path | None) -> Iterator[None]:
+        """Claim a file, if any, for all processes for the duration of the block: process 0 does it (`claimed`)."""
+        if path is None or self.rank > 0:
+            yield
+            return
+        with claimed(path):
+            yield
 
     def wait(self) -> None:
         """Go on once all are here."""

@@ -194,6 +194,8 @@ def train(
                 on_epoch=on_epoch,
                 on_store=on_store,
             )
+        if log is not None:
+            log.begin()  # a run that was done before stores nothing
     except KeyboardInterrupt:
         if launch.here().rank > 0:
             raise typer.Exit(options.INTERRUPTED) from None

@@ -26,7 +26,7 @@ from .digest import data_digest, model_digest
 from .outcomes import Outcomes
 from .result import Evaluation
 from .run import Progress, run
-from .store import Store
+from .store import Store, keeping
 
 
 @keep_freed_memory()
@@ -94,6 +94,7 @@ def evaluate(
 
     Raises:
         FileExistsError: `outcomes` exists, and neither `resume` nor `overwrite` is set.
+        BlockingIOError: another process is using `outcomes`; the message tells which.
         OutcomesError: `outcomes` cannot be resumed: it is damaged, or of another run.
         OSError: it cannot be written.
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -133,15 +134,11 @@ def evaluate(
     checks.flag(where, "overwrite", overwrite)
     checks.callback(where, "progress", progress)
     processes = Processes(images.device)
-    store = Store(
-        _path(where, outcomes, resume=resume, overwrite=overwrite),
-        resume=resume,
-        overwrite=overwrite,
-        processes=processes,
-    )
+    path = _path(where, outcomes, resume=resume, overwrite=overwrite)
+    kept = keeping(path, resume=resume, overwrite=overwrite, processes=processes)
 
     options = {"eps": eps, "step_size": step_size, "seed": seed, "targeted": targeted, "restarts": restarts}
-    with use_backend(backend), _repeatable():
+    with kept as store, use_backend(backend), _repeatable():
         prepared = model if isinstance(model, Prepared) else attack.prepare(model, precision=precision)
         classes = checks.logits(where, prepared.exact(images[:1]), 1).shape[1]
         checks.within(where, "labels", labels, classes)

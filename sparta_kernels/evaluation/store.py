@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ class Store:
         if keys:
             words = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in keys)
             raise OutcomesError(f"outcomes {file}: cannot resume with other settings: {words}{_advice(keys, old)}")
+
+
+@contextmanager
+def keeping(path: Path | None, *, resume: bool, overwrite: bool, processes: Processes) -> Iterator[Store]:
+    """A `Store` whose file is claimed for the block; BlockingIOError if another process is using it."""
+    with processes.claim(path):
+        yield Store(path, resume=resume, overwrite=overwrite, processes=processes)
 
 
 def stored(path: Path) -> list[Path]:

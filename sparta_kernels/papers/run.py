@@ -34,7 +34,7 @@ def work(
         progress: is told how far it is.
 
     Returns:
-        For every run that could not be finished, why: its loss was not finite, or another process is at work on it.
+        For every run that could not be finished, why: its loss was not finite, or another process is using it.
 
     Raises:
         CheckpointError, OutcomesError: a file in the folder is damaged or of another run.
@@ -48,21 +48,18 @@ def work(
         if run.source in problems:
             problems[run] = f"{run.source.name}, which it takes SPARTA from, is not there"
             continue
-        with runs.claimed(run) as mine:
-            if not mine:
-                problems[run] = "another process is at work on it"
-                continue
-            if progress is not None:
-                progress.run(run, need)
-            try:
+        try:
+            with runs.claimed(run):
+                if progress is not None:
+                    progress.run(run, need)
                 _train(runs, run, root, device, backend, progress)
                 if need is not Need.TRAINED:
                     if run.data not in tests:
                         test = data.load(run.data, root, "test")
                         tests = {run.data: (test[0][: runs.plan.images], test[1][: runs.plan.images])}
                     _evaluate(runs, run, need, tests[run.data], device, backend, progress)
-            except (training.TrainingDiverged, attack.NotFinite) as error:
-                problems[run] = str(error)
+        except (training.TrainingDiverged, attack.NotFinite, BlockingIOError) as error:
+            problems[run] = str(error)
     return problems
 
 

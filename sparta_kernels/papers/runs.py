@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .. import evaluation
+from .. import claims, evaluation
 from ..evaluation import result
 from ..evaluation.outcomes import Outcomes
 from ..training import CheckpointError
@@ -119,17 +118,16 @@ class Runs:
         return State(epochs, known, False)
 
     @contextmanager
-    def claimed(self, run: Run) -> Iterator[bool]:
-        """Whether the run is this process's alone meanwhile: others may share the folder, each with its own device."""
+    def claimed(self, run: Run) -> Iterator[None]:
+        """Claim the run for the block: other processes may share the folder, each with its own device.
+
+        Raises:
+            BlockingIOError: another process is working on it.
+        """
         folder = self.folder / run.folder
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it if the process ends
-            except OSError:
-                yield False
-            else:
-                yield True
+        with claims.claimed(folder / "run"):
+            yield
 
     def _stored(self, run: Run, need: Need) -> bool:
         return bool(evaluation.stored(self.outcomes(run, need))) and self.outcomes(run, need).exists()

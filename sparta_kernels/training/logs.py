@@ -52,13 +52,13 @@ class TrainingLog:
         self._events: Any = None
         self._step: int | None = None
         self._untold: list[Epoch] = []
-        if self._history:
-            self._write_tables()
+        self._begun = False
 
     def begin(self) -> None:
-        """The run has been stored: tables left by another run are emptied."""
-        if not self._history and any(Path(path).exists() for path in self._tables):
+        """The run has been stored: write its epochs from before a resume, and empty tables of another run."""
+        if not self._begun and (self._history or any(Path(path).exists() for path in self._tables)):
             self._write_tables()
+        self._begun = True
 
     def batch(self, batch: Batch) -> None:
         """A step is done."""

@@ -77,6 +77,7 @@ def train(
         CheckpointError: the file to resume is damaged or has other settings.
         TrainingDiverged: the loss or a weight is not finite; the last good checkpoint is kept.
         CheckpointError, ValueError: `sparta_from` is not a checkpoint, or its SPARTA does not fit the network.
+        BlockingIOError: another process is using `checkpoint`; the message tells which.
         OSError: a file cannot be written.
         TypeError, ValueError: an argument is not as above, or a setting does not fit the network.
     """
@@ -100,78 +101,79 @@ def train(
         raise ValueError(f"{where}: precision must be {allowed} on a CPU, got {settings.precision!r}")
     if resume and overwrite:
         raise ValueError(f"{where}: resume and overwrite exclude each other")
-    if path.exists() and not (resume or overwrite):
-        raise FileExistsError(f"{where}: checkpoint {path} exists; resume it, overwrite it, or name another")
-    previous = read_run(settings, path)[0] if resume else None
-    check_writable(path)
-
-    images, labels = (part.to(device) for part in data.load(settings.data, root, "train"))
-    tests = [part.to(device) for part in data.load(settings.data, root, "test")]
-    if len(images) < 2 or not len(tests[0]):
-        raise ValueError(
-            f"training: data must have at least 2 training images and a test image, got {len(images)} and "
-            f"{len(tests[0])} of {settings.data}"
-        )
     processes = Processes(device)
-    run = Run(settings, device, previous)
-    trainer = Trainer(run, images, labels, processes)
-    test = Tester(run.tested, tests[0], tests[1], settings, robust_images, processes)
-    writes = processes.rank == 0
-    stored = time.monotonic()
+    with processes.claim(path):
+        if path.exists() and not (resume or overwrite):
+            raise FileExistsError(f"{where}: checkpoint {path} exists; resume it, overwrite it, or name another")
+        previous = read_run(settings, path)[0] if resume else None
+        check_writable(path)
 
-    def store() -> None:
-        nonlocal stored
-        if not writes:
-            return
-        with uninterrupted():
-            run.store(path)
-            stored = time.monotonic()
-            if on_store is not None:
-                on_store()
+        images, labels = (part.to(device) for part in data.load(settings.data, root, "train"))
+        tests = [part.to(device) for part in data.load(settings.data, root, "test")]
+        if len(images) < 2 or not len(tests[0]):
+            raise ValueError(
+                f"training: data must have at least 2 training images and a test image, got {len(images)} and "
+                f"{len(tests[0])} of {settings.data}"
+            )
+        run = Run(settings, device, previous)
+        trainer = Trainer(run, images, labels, processes)
+        test = Tester(run.tested, tests[0], tests[1], settings, robust_images, processes)
+        writes = processes.rank == 0
+        stored = time.monotonic()
 
-    def on_step(batch: Batch) -> None:
-        if on_batch is not None:
-            on_batch(batch)
-        if save_every is not None and time.monotonic() - stored >= save_every:
-            store()
+        def store() -> None:
+            nonlocal stored
+            if not writes:
+                return
+            with uninterrupted():
+                run.store(path)
+                stored = time.monotonic()
+                if on_store is not None:
+                    on_store()
 
-    def keep_whole_steps(error: BaseException) -> None:
-        try:
-            if run.unsaved:
+        def on_step(batch: Batch) -> None:
+            if on_batch is not None:
+                on_batch(batch)
+            if save_every is not None and time.monotonic() - stored >= save_every:
                 store()
-        except Exception:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            # Else the first error tells more: a full disk, memory, or a GPU that will not do this either.
 
-    with processes.leaving_together():
-        try:
-            while len(run.history) < settings.epochs:
-                trainer.epoch(on_step)
-                run.check_finite()
-                processes.copy_from_first(run.statistics(run.tested))
-                clean_error, robust_error = test()
-                done = run.position
-                run.end_epoch(
-                    Epoch(
-                        len(run.history) + 1,
-                        done.loss / len(images),
-                        done.wrong / len(images),
-                        clean_error,
-                        len(images) / done.seconds,
-                        done.rate,
-                        robust_error,
-                        done.seconds,
+        def keep_whole_steps(error: BaseException) -> None:
+            try:
+                if run.unsaved:
+                    store()
+            except Exception:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                # Else the first error tells more: a full disk, memory, or a GPU that will not do this either.
+
+        with processes.leaving_together():
+            try:
+                while len(run.history) < settings.epochs:
+                    trainer.epoch(on_step)
+                    run.check_finite()
+                    processes.copy_from_first(run.statistics(run.tested))
+                    clean_error, robust_error = test()
+                    done = run.position
+                    run.end_epoch(
+                        Epoch(
+                            len(run.history) + 1,
+                            done.loss / len(images),
+                            done.wrong / len(images),
+                            clean_error,
+                            len(images) / done.seconds,
+                            done.rate,
+                            robust_error,
+                            done.seconds,
+                        )
                     )
-                )
-                store()
-                if on_epoch is not None:
-                    on_epoch(run.history[-1])
-        except (ArithmeticError, ValueError):  # what says that it diverged: the last good checkpoint is kept
-            raise
-        except BaseException as error:
-            with uninterrupted():  # a second one may come
-                keep_whole_steps(error)
-            raise
-        processes.wait()  # whoever reads the file next finds it
-    return run.history
+                    store()
+                    if on_epoch is not None:
+                        on_epoch(run.history[-1])
+            except (ArithmeticError, ValueError):  # what says that it diverged: the last good checkpoint is kept
+                raise
+            except BaseException as error:
+                with uninterrupted():  # a second one may come
+                    keep_whole_steps(error)
+                raise
+            processes.wait()  # whoever reads the file next finds it
+        return run.history
