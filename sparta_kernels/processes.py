@@ -1,4 +1,4 @@
-"""The processes that share a piece of work: one, or those of torch.distributed's process group."""
+"""The processes that share work: one, or those of torch.distributed's process group."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Processes:
     """This process, number `rank` of `count`. Every method but `share` must be called by all of them.
 
     Args:
-        device: where a tensor that NCCL sends must lie.
+        device: of tensors that NCCL sends.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class Processes:
                 self._device = torch.device("cpu")
 
     def share(self, work: Sequence[Work]) -> Sequence[Work]:
-        """What of `work` falls to this process."""
+        """This process's share of `work`."""
         return work[self.rank :: self.count]
 
     @contextmanager
@@ -46,12 +46,12 @@ class Processes:
             yield
 
     def wait(self) -> None:
-        """Go on once all are here."""
+        """Wait for all processes."""
         self.largest(0.0)
 
     @contextmanager
     def leaving_together(self) -> Iterator[None]:
-        """Where there are several, hold Ctrl-C back in the block: one that left alone would have the others wait."""
+        """With several processes, defer Ctrl-C within the block: one that left alone would leave the others waiting."""
         if self.count == 1:
             yield
             return
@@ -59,13 +59,13 @@ class Processes:
             yield
 
     def leave_if_interrupted(self) -> None:
-        """Raise KeyboardInterrupt in all if it has been held back in one; to be called between pieces of work."""
+        """Raise KeyboardInterrupt in all processes if one has deferred it; call it between pieces of work."""
         if self.count > 1 and self.total(len(self._held)):
             self._held.deliver()
             raise KeyboardInterrupt
 
     def first(self, number: int) -> int:
-        """The `number` of process 0."""
+        """Process 0's `number`."""
         return int(self._reduce(torch.tensor(number if self.rank == 0 else 0), "SUM"))
 
     def total(self, number: int) -> int:
@@ -77,7 +77,7 @@ class Processes:
         return float(self._reduce(torch.tensor(number, dtype=torch.float64), "MAX"))
 
     def sums(self, numbers: torch.Tensor) -> list[float]:
-        """Those numbers, (n,), summed over all in float64; the only time that the host waits for them."""
+        """The sums of these numbers, (n,), over all processes in float64; the host waits for them here."""
         numbers = numbers.double()
         if self.count > 1:
             numbers = numbers.to(self._device)
@@ -85,7 +85,7 @@ class Processes:
         return numbers.tolist()
 
     def copy_from_first(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Give tensors of one dtype, in place, the values that they have in process 0."""
+        """Copy process 0's values into tensors of one dtype, in place."""
         if self.count == 1 or not tensors:
             return
         together = torch.cat([tensor.flatten() for tensor in tensors]).to(self._device)
@@ -94,7 +94,7 @@ class Processes:
             tensor.copy_(values.view(tensor.shape))
 
     def combine(self, array: np.ndarray) -> np.ndarray:
-        """What each has of an array of which every element is 0 in all processes but one, bit for bit."""
+        """Combine an array of which every element is 0 in all processes but one, bit for bit."""
         if self.count == 1:
             return array
         # Floats as integers: 0.0 and -0.0 do not add up to -0.0.

@@ -1,4 +1,4 @@
-"""The equations in plain PyTorch: the specification that every backend is compared with.
+"""The equations in plain PyTorch: the specification that every backend is tested against.
 
 Nothing here is fast and nothing is checked. Equation numbers are those of "SPARTA: Spatially Attentive and
 Adversarially Robust Activation" (Guo et al.). Shapes are ``(N, C, H, W)`` and ``P = H * W``. Every function
@@ -115,7 +115,7 @@ def gate_backward(
 
 
 def dynamic_conv(spatial: Tensor, kernel: Tensor) -> Tensor:
-    """Conv5 with a kernel of its own for every sample: K x K cross-correlation, one channel, zero padded.
+    """Conv5 with a separate kernel for every sample: K x K cross-correlation, one channel, zero padded.
 
         out[n,h,w] = sum_{i,j} kernel[n,i,j] * spatial[n, h + i - K//2, w + j - K//2]
 
@@ -189,11 +189,11 @@ def _smooth_relu_terms(x: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def smooth_relu(x: Tensor, b: Tensor) -> Tensor:
-    """SmoothReLU: ReLU without its corner, which it approaches as beta grows.
+    """SmoothReLU: ReLU without its kink; it approaches ReLU as beta grows.
 
         y = x - log(beta * x + 1) / beta    where x > 0, else 0    with beta = b * b
 
-    Computed as ``relu(x) * (1 - log1p(t) / t)`` with ``t = beta * relu(x)``: it is 0 at beta = 0, as its limit there.
+    Computed as ``relu(x) * (1 - log1p(t) / t)`` with ``t = beta * relu(x)``: it is 0 at beta = 0, its limit there.
 
     Args:
         x: any shape and floating dtype.
@@ -245,7 +245,7 @@ def _steepest(x: Tensor, slopes: Tensor, intercepts: Tensor) -> tuple[Tensor, Te
 
 
 def dyrelu(x: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
-    """Dynamic ReLU (Chen et al., 2020, Eq. 3): the largest of K lines of each sample's and channel's own.
+    """Dynamic ReLU (Chen et al., 2020, Eq. 3): the maximum of K lines, which differ by sample and channel.
 
         y[n,c,p] = max over k of slopes[n,c,k] * x[n,c,p] + intercepts[n,c,k]
 
@@ -254,7 +254,7 @@ def dyrelu(x: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
         slopes, intercepts: ``(N, C, K)``, any floating dtype.
 
     Returns:
-        y like x. Differentiable by autograd; among equals the lowest k has the gradient. NaN as in torch.max.
+        y like x. Differentiable by autograd; among equals the lowest k gets the gradient. NaN as in torch.max.
     """
     work = _computing_dtype(x.dtype)
     return _steepest(x.to(work), slopes.to(work), intercepts.to(work))[0].to(x.dtype)
@@ -294,7 +294,7 @@ def attention(
     dynamic: bool = True,
     training: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """DSCANet (Fig. 2): what the gate's ``spatial``, ``channel`` and ``kernel`` are made of.
+    """DSCANet (Fig. 2), which predicts the gate's ``spatial``, ``channel`` and ``kernel``.
 
         CANet   h1 = relu(bn1(conv1(x)))    c = conv2(mean_p(h1)) at K = 1, mean_p(conv2(h1)) at K = 3
         SANet   h3 = relu(bn3(conv3(x)))    a = conv4(h3)
@@ -305,7 +305,7 @@ def attention(
         parameters: tensors by name, a `sparta_kernels.nn.Sparta`'s ``state_dict()``.
         kernel_size: K, the size of every convolution.
         dynamic: False for "SPARTA-w/o-DPNet", where Conv5 is the one learned kernel ``parameters["conv5"]``.
-        training: normalise with the batch's statistics, not with the stored ones, which are left as they are.
+        training: normalise with the batch's statistics, not with the stored ones, which are not updated.
 
     Returns:
         ``a (N, 1, H, W)`` before Conv5, ``c (N, C)``, and ``kernel``: ``(N,)`` at K = 1, else ``(N, K, K)``.
@@ -391,8 +391,8 @@ def sparta(
 ) -> Tensor:
     """The whole activation (Eq. 3, 5, 6, 8): ``y = relu(x) * sigmoid(s (x) c)``, ``s = conv5(a; kernel)``.
 
-    Arguments are those of `attention`; with ``share = N`` s is average-pooled N x N (a block cut off by the
-    border averages what it has). Returns ``(N, C, H, W)`` in the dtype of x. Differentiable by autograd.
+    Arguments are those of `attention`; with ``share = N`` s is average-pooled N x N (a block cut off by the border
+    averages the pixels that it has). Returns ``(N, C, H, W)`` in the dtype of x. Differentiable by autograd.
     """
     a, channel, kernel = attention(x, parameters, kernel_size=kernel_size, dynamic=dynamic, training=training)
     s = _conv5(a, kernel) if kernel_size == 1 else dynamic_conv(a, kernel)
@@ -448,7 +448,7 @@ def _words(seed: int, indices: Tensor, elements: int, purpose: int, restart: int
 
 
 def uniform(seed: int, indices: Tensor, elements: int, purpose: int, restart: int = 0) -> Tensor:
-    """Uniform numbers that depend on the image's index alone, not on its place in a batch.
+    """Uniform numbers that depend on the image's index, not on its place in a batch.
 
     Philox4x32-10 with key ``(seed & 0xffffffff, seed >> 32)`` and counter ``(element // 4,
     purpose | restart << 8, index & 0xffffffff, index >> 32)``; the lane is ``element % 4``, and a word u
@@ -456,8 +456,8 @@ def uniform(seed: int, indices: Tensor, elements: int, purpose: int, restart: in
 
     Args:
         seed: in ``[0, 2**64)``.
-        indices: ``(N,)`` integers, the images' numbers in their data set.
-        elements: numbers wanted for every image; element is the flat position in the ``(C, H, W)`` image.
+        indices: ``(N,)`` integers, the images' indices in their data set.
+        elements: how many numbers per image; element is the flat position in the ``(C, H, W)`` image.
         purpose: one of PURPOSE_START, PURPOSE_TARGET, PURPOSE_AUGMENT.
         restart: in ``[0, 2**24)``.
 

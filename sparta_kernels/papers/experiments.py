@@ -26,7 +26,7 @@ def experiments() -> tuple[str, ...]:
 
 
 class Need(IntEnum):
-    """What must be known of a network; each includes those before."""
+    """What a table or figure needs of a network; each includes those before."""
 
     TRAINED = 0
     CLEAN = 1  # its error on clean test images
@@ -35,19 +35,19 @@ class Need(IntEnum):
 
 @dataclass(frozen=True)
 class Plan:
-    """How all networks are trained and attacked. By default as the papers do, and where they are silent as usual.
+    """How all networks are trained and attacked: by default as in the papers, and as usual where they are silent.
 
     Attributes:
-        quick: digits in the place of every data set, for a try of minutes.
+        quick: digits instead of every data set, for a trial of minutes.
         width: channels of the first group.
         epochs, batch_size, precision: of training, see `training.Settings`; `precision` is also that of the
             attack's gradients in the evaluation.
-        schedule: "milestones" (30 and 60, or one and two thirds of fewer than 61 epochs), or "one-cycle".
+        schedule: "milestones" (30 and 60, or one third and two thirds of fewer than 61 epochs), or "one-cycle".
         attack: preset of adversarial training.
         eps: radius of the attack in training and evaluation; pixel units.
         attack_steps: in training.
-        step_size, report_at: of the evaluation's attack; the last of `report_at` is its number of steps. Its errors
-            stand in the columns "pgd10", "pgd30" and "pgd50".
+        step_size, report_at: of the evaluation's attack; the last of `report_at` is its number of steps. Its errors are
+            in the columns "pgd10", "pgd30" and "pgd50".
         images: how many of the first test images are evaluated; None for all.
         seed, seeds: networks are trained with the seeds `seed` ... `seed + seeds - 1`.
 
@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def headings(self) -> dict[str, str]:
-        """Of every column that a table may have."""
+        """The headings of all columns that a table may have."""
         reported = {f"pgd{k}": f"PGD-{own}" for k, own in zip((10, 30, 50), self.report_at, strict=True)}
         return reported | {"clean": "clean", "standard_clean": "clean, std.", "size": "size"}
 
@@ -122,7 +122,7 @@ class Plan:
         return Run(network, seed, json.dumps(arguments, sort_keys=True), source)
 
     def readings(self) -> list[str]:
-        """What the papers leave open, or what is not theirs, in lines to be printed with every result."""
+        """What the papers leave open, or what differs from them, in lines to be printed with every result."""
         protocol = published().protocol
         attack = (
             f"adversarial training by targeted PGD-{self.attack_steps}, eps {self.eps * 255:g}/255, "
@@ -176,13 +176,13 @@ READINGS_OF_QUICK = {
 
 @dataclass(frozen=True)
 class Run:
-    """One network to be trained; two tables that need the same share it.
+    """One network to be trained; tables that need the same network share it.
 
     Attributes:
         network: of the papers.
         seed: of the plan; the settings' own may differ, see `Plan.run`.
         arguments: of its `training.Settings`, as JSON.
-        source: the run whose SPARTA it takes over and leaves as it is.
+        source: the run whose SPARTA it copies and freezes.
     """
 
     network: Network
@@ -192,7 +192,7 @@ class Run:
 
     @cached_property
     def name(self) -> str:
-        """What people call it, such as "cifar10-resnet18-sparta-adversarial", or "digits-for-cifar10-resnet18-..."."""
+        """A readable name, such as "cifar10-resnet18-sparta-adversarial", or "digits-for-cifar10-resnet18-..."."""
         network = self.network
         data = network.data if self.data == network.data else f"{self.data}-for-{network.data}"
         parts = [data, network.model, network.activation]
@@ -203,7 +203,7 @@ class Run:
 
     @cached_property
     def folder(self) -> str:
-        """Its name and a digest of all that decides its weights."""
+        """Its name, and a digest of everything that decides its weights."""
         known = [self.arguments, self.network.data, self.source.folder if self.source else None]
         return f"{self.name}-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:8]}"
 
@@ -217,7 +217,7 @@ class Run:
         return str(json.loads(self.arguments)["data"])
 
     def settings(self, checkpoint_of_source: Path | None = None) -> training.Settings:
-        """Those to train it with; a transfer needs the source's checkpoint."""
+        """The settings to train it with; a transfer needs the source's checkpoint."""
         arguments = json.loads(self.arguments)
         if self.source is not None and checkpoint_of_source is not None:
             arguments |= {"sparta_from": str(checkpoint_of_source), "freeze_sparta": True}
@@ -243,7 +243,7 @@ def quick_plan(**changes: Any) -> Plan:
 
 
 def needs(names: Iterable[str], plan: Plan) -> dict[Run, Need]:
-    """Every run that these tables and figures need, sources before what takes over from them."""
+    """Every run that these tables and figures need; sources come before runs that copy from them."""
     found: dict[Run, Need] = {}
 
     def want(network: Network, need: Need) -> None:

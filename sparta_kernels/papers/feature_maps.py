@@ -1,4 +1,4 @@
-"""What the end of the first group makes of a clean and of an adversarial image: the data of Figure 1."""
+"""Feature maps at the end of the first group for a clean and an adversarial image: the data of Figure 1."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class FeatureMaps:
 
     Attributes:
         label: of the network.
-        image, true: the image's place in the test set, and its class.
+        image, true: the image's index in the test set, and its class.
         predicted: classes for the clean and the adversarial image.
         clean, adversarial: the images in [0, 1], (H, W, 3), or (H, W) of one channel.
-        channel: the one shown, that the attack changes most before the activation.
+        channel: the one shown, which the attack changes most before the activation.
         before, after: its maps at the activation's input and output, clean and adversarial, each (H, W).
         change: before and after, mean |adversarial - clean| over mean |clean|, all channels together.
     """
@@ -44,10 +44,10 @@ class FeatureMaps:
 
 
 def feature_maps(models: Mapping[str, ResNet], images: Tensor, labels: Tensor, plan: Plan) -> list[FeatureMaps]:
-    """The maps of each network (by its label) for one test image, attacked for each by itself.
+    """The maps of each network (by its label) for one test image, attacked separately for each.
 
-    The image is, of the first that all networks classify rightly, the first on which the plan's attack succeeds with
-    the most of them.
+    Of the first images that all networks classify correctly, it is the first on which the plan's attack fools most of
+    them.
 
     Args:
         models: in eval mode, on the images' device.

@@ -1,4 +1,4 @@
-"""The pictures: every table as dots beside the papers', and Figures 1 and 3."""
+"""Plots of every table, ours beside the papers' numbers, and of Figures 1 and 3."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GREY = "#666666"
 
 
 def plot_table(path: str | os.PathLike[str], compared: Compared) -> None:
-    """Draw every error of a table, ours and the papers', a panel for each column, to `path` (.png, .pdf, ...).
+    """Plot every error of a table, ours and the papers', with a panel per column, to `path` (.png, .pdf, ...).
 
     Raises:
         ImportError: matplotlib is missing.
@@ -62,9 +62,9 @@ def plot_table(path: str | os.PathLike[str], compared: Compared) -> None:
 def plot_figure3(
     path: str | os.PathLike[str], figure3: Figure, runs: Runs
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Draw the loss at every iteration of the attack, standard training beside adversarial, to `path`.
+    """Plot the loss at every iteration of the attack, for standard and adversarial training, to `path`.
 
-    Networks that are not evaluated yet are left out; the label says so. Of several seeds the first is drawn.
+    Networks that are not evaluated yet are left out; their labels say so. Of several seeds the first is plotted.
 
     Returns:
         "training/label" -> mean and standard deviation of the loss at iterations 0, 1, ...
@@ -109,7 +109,7 @@ def plot_figure3(
 
 
 def plot_figure1(path: str | os.PathLike[str], figure1: Figure, maps: Sequence[FeatureMaps], plan: Plan) -> None:
-    """Draw the feature maps of each network, a line each, to `path`.
+    """Plot the feature maps of each network, a row each, to `path`.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -160,18 +160,18 @@ def plot_figure1(path: str | os.PathLike[str], figure1: Figure, maps: Sequence[F
 
 
 def every_fifth(values: np.ndarray) -> np.ndarray:
-    """Rows 0, 5, 10, ...: the 20% of the test images that Figure 3 is about."""
+    """Rows 0, 5, 10, ...: the 20% of the test images that Figure 3 uses."""
     return values[::5]
 
 
 def _centred(perturbation: np.ndarray, eps: float) -> np.ndarray:
-    """-eps..eps as 0..1."""
+    """Map -eps..eps to 0..1."""
     shown: np.ndarray = np.clip(perturbation / (2 * eps) + 0.5, 0, 1)
     return shown
 
 
 def _places(compared: Compared) -> tuple[list[float], list[str], dict[float, str]]:
-    """Where each row stands from the top, what it is called, and where the headings of groups stand."""
+    """Each row's position from the top and its label, and the positions of the groups' headings."""
     places, labels, headings = [], [], {}
     place, group = 0.0, None
     several = len({row.group for row in compared.table.rows}) > 1

@@ -1,4 +1,4 @@
-"""How far a reproduction is: which run of how many, and when it will be done."""
+"""Progress of a reproduction: which run of how many, and the time left."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _SECONDS_BETWEEN_LINES = 30
 
 
 class RunsProgress:
-    """A bar over all runs; where the console is no terminal, a line for each run, and now and then.
+    """A bar over all runs; if the console is not a terminal, a line for each run, and now and then.
 
     Args:
         console: where to draw.
-        runs, wanted: what is to be done, as `run.work` takes it.
+        runs, wanted: the work to do, as for `run.work`.
     """
 
     def __init__(self, console: Console, runs: Runs, wanted: Mapping[Run, Need]) -> None:
@@ -73,7 +73,7 @@ class RunsProgress:
         self._tell(training_cost + evaluation_cost * share, f"{kind}: {share:.0%}")
 
     def _left(self, run: Run, need: Need) -> tuple[float, float]:
-        """What training and evaluation still cost, in passes of an image of 32x32 both ways through a ResNet-18."""
+        """The remaining cost of training and evaluation, in passes of a 32x32 image both ways through a ResNet-18."""
         settings, state = json.loads(run.arguments), self._runs.state(run, need)
         dataset = data.describe(run.data)
         pixels = dataset.shape[1] ** 2 / 32**2

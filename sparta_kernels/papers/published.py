@@ -1,4 +1,4 @@
-"""What the two SPARTA papers print, from published.json: the numbers of every table, and where they disagree."""
+"""The published numbers of the two SPARTA papers, from published.json, and where the papers disagree."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Network:
     """A trained network of the papers.
 
     Attributes:
-        activation: what stands at the sites, as `nn.make_activation` takes it.
-        model, sites, data: backbone, sites and data set by the names of this package.
+        activation: used at the sites, a string for `nn.make_activation`.
+        model, sites, data: backbone, sites and data set, by this package's names.
         training: "adversarial" or "standard".
         source: where its SPARTA comes from and stays frozen: what of that network differs ("model" or "data"), as
             (name, value) pairs; empty for a network trained as a whole.
@@ -46,7 +46,7 @@ class Table:
     Attributes:
         name: "table2" ... "table9".
         title: what it compares.
-        v1: what the same is called in v1.
+        v1: the same table's name in v1.
         columns: of "pgd10", "pgd30", "pgd50", "clean" (all of the network in the row), "standard_clean" (of the
             same network under standard training) and "size".
         rows: its lines.
@@ -74,7 +74,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the papers train and attack, as far as they say (v2, section 4.2.1). eps and step_size in pixel units."""
+    """How the papers train and attack, as far as stated (v2, section 4.2.1). eps and step_size are in pixel units."""
 
     eps: float
     step_size: float

@@ -1,4 +1,4 @@
-"""A table or figure from the runs that are done: files in a folder, lines for the terminal, JSON."""
+"""Makes a table or figure from completed runs: files in a folder, lines for the terminal, JSON."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from .tables import as_csv, compare, markdown, terminal
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of one table or figure.
+    """The result of one table or figure.
 
     Attributes:
         name: "table6", say.
-        shown: for the terminal, one under the other.
+        shown: for the terminal, in order.
         notes: to be printed below.
         files: written.
-        content: as JSON can hold it.
+        content: JSON-serialisable.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Result:
 def write(
     name: str, runs: Runs, folder: Path, *, device: torch.device | str, images: Callable[[str], tuple[Tensor, Tensor]]
 ) -> Result:
-    """Write what is known of a table or figure to `folder`: NAME.md, NAME.csv and NAME.png.
+    """Write a table or figure, as far as known, to `folder`: NAME.md, NAME.csv and NAME.png.
 
     Args:
         name: one of `experiments.experiments()`.
         runs: where the runs are kept.
         folder: must exist.
         device: where Figure 1's images are attacked.
-        images: gives the test images and labels of the data set it is called with; Figure 1 alone asks.
+        images: returns the test images and labels of a data set; only Figure 1 calls it.
 
     Raises:
         ImportError: matplotlib is missing. OSError: a file cannot be written.

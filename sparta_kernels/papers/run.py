@@ -1,4 +1,4 @@
-"""Train and evaluate what is missing, run by run; whatever ends it, the same call goes on."""
+"""Trains and evaluates what is missing, run by run; after any interruption the same call resumes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def work(
     backend: str = "auto",
     progress: RunsProgress | None = None,
 ) -> dict[Run, str]:
-    """Train and evaluate every run as far as it is wanted and not there yet.
+    """Train and evaluate every run as far as needed and not done yet.
 
     Args:
-        runs: where they are kept.
+        runs: the folder that keeps them.
         wanted: what is needed of each, sources first (`experiments.needs`).
         root: folder with the data sets' files.
-        device, backend: where and what computes.
-        progress: is told how far it is.
+        device, backend: what computes.
+        progress: receives progress.
 
     Returns:
         For every run that could not be finished, why: its loss was not finite, or another process is using it.

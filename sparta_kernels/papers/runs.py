@@ -1,4 +1,4 @@
-"""The folder where runs are kept, one for each network: its checkpoint, and what became of every test image."""
+"""The folder that keeps runs, one per network: its checkpoint, and the outcome for every test image."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .experiments import Need, Plan, Run
 
 @dataclass(frozen=True)
 class Found:
-    """What an evaluation found: all errors are shares of the test images.
+    """The result of an evaluation; errors are shares of the test images.
 
     Attributes:
-        clean: error on the images as they are.
-        errors: under the attack, by iterate; empty where only clean images were looked at.
+        clean: error on clean images.
+        errors: under the attack, by iterate; empty if only clean images were evaluated.
         outcomes: of every image.
     """
 
@@ -40,7 +40,7 @@ class Found:
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is: epochs done, test images of which the wanted is known, and whether nothing is left."""
+    """A run's progress: completed epochs, evaluated test images, and whether nothing is left."""
 
     epochs: int
     images: int
@@ -48,7 +48,7 @@ class State:
 
 
 class Runs:
-    """Runs by one plan in `folder`, which need not exist yet."""
+    """The runs of one plan in `folder`, which need not exist yet."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self.plan = folder, plan
@@ -62,7 +62,7 @@ class Runs:
         return self.folder / run.folder / ("pgd.npz" if need is Need.ATTACKED else "clean.npz")
 
     def attack(self, run: Run, need: Need) -> dict[str, Any]:
-        """Arguments of `evaluation.evaluate`; for clean images one step, which nobody looks at."""
+        """Arguments of `evaluation.evaluate`; for clean images alone, one step whose result is ignored."""
         plan = self.plan
         report_at = plan.report_at if need is Need.ATTACKED else (1,)
         return {
@@ -75,7 +75,7 @@ class Runs:
         }
 
     def epochs_done(self, run: Run) -> int:
-        """How many whole epochs its checkpoint has behind it.
+        """How many complete epochs its checkpoint has.
 
         Raises:
             CheckpointError: the file is damaged, or of another run.
@@ -91,7 +91,7 @@ class Runs:
         return int(metadata["epoch"])
 
     def found(self, run: Run, need: Need) -> Found | None:
-        """Its evaluation, if it is whole and by this plan."""
+        """Its evaluation, if that is complete and by this plan."""
         for kind in (Need.ATTACKED, Need.CLEAN):  # an attack's has the clean error too
             if kind < need or not self._stored(run, kind):
                 continue
@@ -133,7 +133,7 @@ class Runs:
         return bool(evaluation.stored(self.outcomes(run, need))) and self.outcomes(run, need).exists()
 
     def _by_this_plan(self, outcomes: Outcomes, run: Run, need: Need) -> bool:
-        """Whether these are outcomes of the attack that the plan wants, on as many images."""
+        """Whether these are outcomes of the plan's attack, on as many images."""
         wanted = self.attack(run, need)
         count = self.plan.images
         return all(outcomes.settings.get(name) == value for name, value in wanted.items()) and (

@@ -1,4 +1,4 @@
-"""Ours beside the papers': a table for the terminal, as Markdown and as CSV."""
+"""Our numbers beside the papers': a table for the terminal, as Markdown and as CSV."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MISSING = "-"
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of ours (mean and, of several seeds, standard deviation) beside the papers'.
+    """Our number (the mean and, of several seeds, the standard deviation) beside the papers'.
 
     Errors are in percent, their difference in percentage points; sizes in millions of parameters. `ours` and `spread`
-    are None where a run is missing, `spread` also where there is one seed.
+    are None if a run is missing, `spread` also with a single seed.
     """
 
     ours: float | None
@@ -38,7 +38,7 @@ class Cell:
         return None if self.ours is None else self.ours - self.paper
 
     def words(self) -> tuple[str, str, str]:
-        """Ours, the papers' and the difference, as they are printed."""
+        """Our number, the papers' and the difference, as printed."""
         ours = MISSING if self.ours is None else f"{self.ours:.2f}"
         ours += "" if self.spread is None else f" ±{self.spread:.2f}"
         return ours, f"{self.paper:.2f}", MISSING if self.difference is None else f"{self.difference:+.2f}"
@@ -73,7 +73,7 @@ class Compared:
 
 
 def compare(table: Table, runs: Runs) -> Compared:
-    """The table with what the finished runs say."""
+    """The table with the results of the finished runs."""
     plan = runs.plan
     cells = [{column: _cell(row, column, runs) for column in table.columns} for row in table.rows]
     notes = plan.readings() + READINGS.get(table.name, [])
@@ -161,7 +161,7 @@ def _cell(row: Row, column: str, runs: Runs) -> Cell:
 
 
 def _error(run: Run, column: str, runs: Runs) -> float | None:
-    """In percent; None where it is not known yet."""
+    """The error in percent; None if it is not known yet."""
     need = Need.CLEAN if column == "standard_clean" else Need.ATTACKED
     found = runs.found(run, need)
     if found is None:

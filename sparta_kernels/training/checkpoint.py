@@ -1,4 +1,4 @@
-"""One run, one safetensors file: weights, their average, momentum, a JSON description. Nothing in it can run code."""
+"""Checkpoints: one safetensors file per run, with weights, their average, momentum and JSON metadata, and no code."""
 
 from __future__ import annotations
 

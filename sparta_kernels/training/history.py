@@ -1,4 +1,4 @@
-"""What a training run tells of its batches and epochs."""
+"""The results of a training run's batches and epochs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Epoch:
 
 @dataclass
 class Position:
-    """How far an epoch has come.
+    """Progress within an epoch.
 
     Attributes:
         step: its steps that are done.

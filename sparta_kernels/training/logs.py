@@ -61,7 +61,7 @@ class TrainingLog:
         self._begun = True
 
     def batch(self, batch: Batch) -> None:
-        """A step is done."""
+        """Log a completed step."""
         self._step = (batch.epoch - 1) * batch.batches + batch.number
         if self._writer_class is None:
             return
@@ -73,7 +73,7 @@ class TrainingLog:
         self._events.add_scalar("batch/error", batch.error, self._step)
 
     def epoch(self, epoch: Epoch) -> None:
-        """An epoch is done and stored."""
+        """Log a completed and stored epoch."""
         self._history.append(epoch)
         self._write_tables()
         if self._events is not None:
@@ -88,7 +88,7 @@ class TrainingLog:
                 self._events.add_scalar(f"epoch/{name}", value, step)
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Write buffered events."""
         if self._events is not None:
             self._events.close()
 

@@ -1,4 +1,4 @@
-"""The loss that an update goes down."""
+"""The loss that an update minimises."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Objective(nn.Module):
     adversarial images where there are any.
 
     TRADES (Zhang et al. 2019) is ``CE(f(x), y) + beta * KL(f(x) || f(x'))``, with gradients through f(x) and f(x').
-    Here the network sees x once; their code calls it twice, which only moves the statistics of BatchNorm once more.
+    Here the network is run on x once. The authors' code runs it twice, which only updates BatchNorm's statistics once
+    more.
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:

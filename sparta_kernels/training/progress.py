@@ -52,7 +52,7 @@ class TrainingProgress:
         self._bars.stop()
 
     def batch(self, batch: Batch) -> None:
-        """A step is done."""
+        """Show a completed step."""
         now = time.monotonic()
         self.last = batch
         epochs, done = self._settings.epochs, (batch.epoch - 1) * batch.batches + batch.number
@@ -74,7 +74,7 @@ class TrainingProgress:
             self._print(f"{where}, step {batch.number}/{batch.batches}  {state}")
 
     def epoch(self, epoch: Epoch) -> None:
-        """An epoch is done and stored."""
+        """Show a completed and stored epoch."""
         self.epochs += 1
         tested = "" if epoch.robust_error is None else f"robust test error {epoch.robust_error:.1%}  "
         number = f"{epoch.epoch:{len(str(self._settings.epochs))}d}"

@@ -140,7 +140,7 @@ class Run:
                 raise TrainingDiverged(f"training: {name} is not finite after {when}")
 
     def store(self, path: Path) -> None:
-        """Write the run as it is, unless it is no longer finite.
+        """Write the run's current state, unless it is no longer finite.
 
         Raises:
             TrainingDiverged: a weight is not finite; the old file is untouched.
@@ -164,7 +164,7 @@ class Run:
             self._stored = self._place()
 
     def _place(self) -> tuple[int, int]:
-        """Epochs that are done, and steps of the next."""
+        """Completed epochs, and completed steps of the next one."""
         return len(self.history), self.position.step
 
     def _momentum(self) -> dict[str, Tensor]:
@@ -187,11 +187,11 @@ class Run:
 
 
 def training_format(device: torch.device, precision: str) -> torch.memory_format:
-    """The memory format to train in: channels_last in 16 bits.
+    """The memory format to train in: channels_last in bf16 and fp16.
 
-    There an update of a ResNet-18 on 32x32 pixels takes 0.9 of the time on a CPU (Zen 5, batch 32); on GPUs it is
-    cuDNN's advice. In fp32 it would take 0.9 on a CPU, too, 0.98 of a whole step with PGD-10, but torch's BatchNorm
-    adds up less exactly there (see `nn.recomputed`).
+    In 16 bits, an update of a ResNet-18 on 32x32 pixels then takes 0.9 of the time on a CPU (Zen 5, batch 32); for GPUs
+    cuDNN advises it. In fp32 an update would take 0.9 of the time on a CPU too (0.98 for a whole step with PGD-10), but
+    torch's BatchNorm sums less accurately in channels_last (see `nn.recomputed`).
     """
     return torch.channels_last if precision in ("bf16", "fp16") else torch.contiguous_format
 
@@ -275,7 +275,7 @@ def _differences(settings: Settings, metadata: dict[str, Any]) -> dict[str, str]
 
 
 def _is_the_file(path: str, digest: str | None) -> bool:
-    """Whether this is the file that SPARTA was taken from, which may have been moved since."""
+    """Whether this is the file that SPARTA was copied from, which may have been moved since."""
     try:
         return bool(path and digest) and _digest(path) == digest
     except OSError:
@@ -287,5 +287,5 @@ def _digest(path: str) -> str:
 
 
 def _only_goes_on(settings: Settings, epochs: Any) -> bool:
-    """Whether a run planned for so many epochs took, as far as it came, the very steps that these settings ask for."""
+    """Whether a run planned for `epochs` epochs has taken the same steps so far as these settings prescribe."""
     return settings.schedule in INDEPENDENT_OF_EPOCHS and isinstance(epochs, int) and settings.epochs >= epochs

@@ -114,7 +114,7 @@ class Settings:
         self._check_together(where)
 
     def _check_together(self, where: str) -> None:
-        """Refuse settings of which one makes no sense beside another."""
+        """Refuse settings that contradict each other."""
         if self.warmup and self.schedule == "one-cycle":
             raise ValueError(f"{where}: warmup must be 0 with the one-cycle schedule, got {self.warmup}")
         if self.nesterov and not self.momentum:
@@ -125,5 +125,5 @@ class Settings:
             raise ValueError(f"{where}: freeze_sparta must be False without sparta_from, got True")
 
     def as_dict(self) -> dict[str, object]:
-        """The settings as JSON can hold them."""
+        """The settings as JSON-serialisable values."""
         return dataclasses.asdict(self) | {"milestones": list(self.milestones)}

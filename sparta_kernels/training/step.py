@@ -31,15 +31,14 @@ _STATISTICS_BY_US: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "b
 class Trainer:
     """Trains the network of `run` on these images, alone or with the other processes of a group.
 
-    With several processes a batch is the global one: each takes its part of it, the gradients are those of the whole
-    batch's mean, and the statistics of BatchNorm are each process's own until the next step, which begins with those
-    of process 0.
+    With several processes a batch is global, and each process takes its share. Gradients are those of the whole batch's
+    mean. BatchNorm's statistics are each process's own until the next step, which begins with those of process 0.
 
     Args:
-        run: what learns.
+        run: the run to train.
         images: uint8 (N, C, H, W), on the run's device.
         labels: int64 (N,), there too.
-        processes: who shares the work.
+        processes: the processes that share the work.
 
     Raises:
         ValueError: a process would get fewer than two images of a batch.
@@ -66,7 +65,7 @@ class Trainer:
             self._objective = DistributedDataParallel(self._objective, static_graph=True, **_STATISTICS_BY_US)
 
     def epoch(self, on_step: Callable[[Batch], None]) -> None:
-        """Do what is left of the epoch that the run is in. `on_step` is called when a step is whole.
+        """Complete the run's current epoch. `on_step` is called after each step.
 
         Raises:
             TrainingDiverged: the loss or the network is not finite.
@@ -100,7 +99,7 @@ class Trainer:
         return batches, (torch.rand(self.batches, generator=generator) < clean_start).tolist()
 
     def _share_statistics(self) -> None:
-        """Take over process 0's statistics: the network that is attacked, and stored, is then one."""
+        """Copy process 0's statistics, so that all processes attack, and store, the same network."""
         self.processes.copy_from_first(self.run.statistics(self.run.model))
 
     def _attacked(self, indices: Tensor, number: int, *, clean_start: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -142,12 +141,12 @@ class Trainer:
     def _update(
         self, x: Tensor, labels: Tensor, adversarial: Tensor | None, count: int, place: tuple[int, int]
     ) -> tuple[float, int, float]:
-        """Go one step down the loss: the batch's summed loss, how many it got wrong, and the learning rate.
+        """Take an optimiser step; returns the batch's summed loss, its number of errors, and the learning rate.
 
         Args:
             x, labels, adversarial: this process's part of the batch.
             count: images in the whole batch.
-            place: epochs and steps of the next that are done.
+            place: completed epochs, and completed steps of the next one.
         """
         run = self.run
         rate = learning_rate(self._settings, place[0] * self.batches + place[1], self.batches)

@@ -1,4 +1,4 @@
-"""The errors of a network in training, after each epoch."""
+"""The test errors of a network in training, after each epoch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .settings import Settings
 
 
 class Tester:
-    """Tells the clean and the robust error of a network on test images, which the processes share.
+    """Measures a network's clean and robust errors on test images, which the processes share.
 
     Args:
         model: the network; it may change between calls.
@@ -23,7 +23,7 @@ class Tester:
         labels: int64 (N,).
         settings: of the run: batch size, attack and precision.
         robust_images: how many of the first images are attacked.
-        processes: who shares the work.
+        processes: the processes that share the work.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Tester:
         self._prepared = attack.prepare(model.eval(), precision=settings.precision)
 
     def __call__(self) -> tuple[float, float | None]:
-        """The shares of images misclassified: of all, clean; of the first, under attack, if any are to be attacked.
+        """The error on all clean images, and that on the first images under attack; None if none are to be attacked.
 
         Raises:
             TrainingDiverged: the network is not finite.

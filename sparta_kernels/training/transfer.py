@@ -91,7 +91,7 @@ def keep_frozen_in_eval(model: nn.Module) -> None:
 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, Sparta]]:
-    """Every SPARTA activation, by group and block where it stands in a ResNet of ours, else by its own name."""
+    """Every SPARTA activation, named by group and block in a ResNet of this package, else by its module name."""
     for name, module in model.named_modules():
         if isinstance(module, Sparta):
             block = _BLOCK.fullmatch(name)
