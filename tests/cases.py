@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparta_kernels import reference
+from sparta_kernels.reference import gating
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -177,13 +177,13 @@ def magnitudes(tensors: Sequence[Tensor | None], gy: Tensor, share: int) -> list
     assert spatial is not None
     assert channel is not None
     scale = spatial if kernel is None else spatial * kernel[:, None, None, None]
-    s = reference._spread(scale, share, x.shape[2], x.shape[3])
+    s = gating.spread(scale, share, x.shape[2], x.shape[3])
     z = s * channel[:, :, None, None]
     phi = torch.sigmoid(z) * (1 + z.abs() * torch.sigmoid(-z))
     y = torch.relu(x) * phi
     gx = gy.double().abs() * phi
     gz = gy.double().abs() * y
-    gs = reference._gather((gz * channel.abs()[:, :, None, None]).sum(1, keepdim=True), share)
+    gs = gating.gather((gz * channel.abs()[:, :, None, None]).sum(1, keepdim=True), share)
     gchannel = (gz * s.abs()).sum((2, 3))
     gspatial = gs if kernel is None else gs * kernel.abs()[:, None, None, None]
     return [y, gx, gspatial, gchannel, (gs * spatial.abs()).sum((1, 2, 3))]

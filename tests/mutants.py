@@ -85,14 +85,14 @@ FAULTS = [
     # The specification itself: its own tests compare it with loops, NumPy and autograd.
     Fault(
         "reference-slope",
-        "sparta_kernels/reference.py",
+        "sparta_kernels/reference/gating.py",
         "relu(x_) * phi * (1 - phi)",
         "relu(x_) * phi",
         REFERENCE,
     ),
     Fault(
         "reference-word",
-        "sparta_kernels/reference.py",
+        "sparta_kernels/reference/philox.py",
         "quad = torch.arange(-",
         "quad = 1 + torch.arange(-",
         f"{REFERENCE}::test_uniform_is_keyed_by_seed_index_element_purpose_and_restart",
@@ -367,7 +367,12 @@ FAULTS = [
                 "in_order_of(grad, gx), in_order_of(x, gx)\n    gb",
                 "grad, x\n    gb",
             ),
-            ("specification", "sparta_kernels/reference.py", "torch.log1p(t) - slope)", "torch.log1p(t) + slope)"),
+            (
+                "specification",
+                "sparta_kernels/reference/activations.py",
+                "torch.log1p(t) - slope)",
+                "torch.log1p(t) + slope)",
+            ),
         )
     ),
     *(
