@@ -99,6 +99,21 @@ def test_hooks_still_run():
     assert calls == [1, 2, 1, 2]
 
 
+@pytest.mark.parametrize("activation", ["relu", "sparta", "sparta:kernel_size=3"])
+def test_backward_hooks_on_every_module_of_the_process(activation):
+    """Which pass outputs on as views: autograd refuses to have those overwritten."""
+    prepared = prepare(settle(resnet18(activation=activation, width=4)))
+    x, seen = images_of(32).requires_grad_(), []
+    (expected,) = torch.autograd.grad(prepared(x).sum(), x)
+    hook = nn.modules.module.register_module_full_backward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        (found,) = torch.autograd.grad(prepared(x).sum(), x)
+    finally:
+        hook.remove()
+    assert seen.count("FrozenConv") >= 20
+    torch.testing.assert_close(found, expected)
+
+
 # ---- what it keeps -------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..nn.frozen import CONVOLUTIONS, NORMS, Form, FrozenConv, Statistics, freeze, has_hooks, why_not, why_not_fold
+from ..nn.frozen import (
+    CONVOLUTIONS,
+    NORMS,
+    Form,
+    FrozenConv,
+    Statistics,
+    freeze,
+    has_hooks,
+    may_be_written,
+    why_not,
+    why_not_fold,
+)
 from ..ops.relu import add_relu, add_relu_fork
 from .casting import InDtype, cast_functions
 from .tracing import ROOT, drop_unused, first_input, is_relu, is_sum, no_overwriting, trace, writes_input
@@ -375,6 +386,7 @@ def _short(name: str) -> str:
 
 def _summed(a: Tensor, b: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor | None, bool]:
     """Operands for the fused operation; if shapes or dtypes differ, they are added first."""
+    inplace = inplace and may_be_written(a)
     if b is None:
         return a, None, inplace
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype:

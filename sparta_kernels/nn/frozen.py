@@ -215,6 +215,13 @@ def freeze(layer: nn.Module, norm: nn.Module | None, form: Form) -> nn.Module:
     return FrozenLinear(layer, form) if isinstance(layer, nn.Linear) else FrozenConv(layer, norm, form)
 
 
+def may_be_written(x: Any) -> bool:
+    """Whether autograd lets an output be overwritten: a full backward hook on all modules passes it on as a view."""
+    if torch.compiler.is_compiling():
+        return True  # no hooks are there, and nothing is written in place
+    return not type(getattr(x, "grad_fn", None)).__name__.startswith("BackwardHookFunction")
+
+
 def has_hooks(module: Any) -> bool:
     """Whether the module has hooks, which a call runs besides its forward."""
     return any(

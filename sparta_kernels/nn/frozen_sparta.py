@@ -13,7 +13,7 @@ from ..backends.layout import is_gapless
 from ..ops.attention import activate
 from ..ops.attention_kernels import AttentionWeights, Packed, fused_backend, pack
 from ..ops.relu import add_relu, add_relu_fork
-from .frozen import Form, freeze
+from .frozen import Form, freeze, may_be_written
 from .gating import conv5_and_gate
 from .whole import can_be_folded, folded
 
@@ -100,7 +100,7 @@ class FrozenSparta(nn.Module):
         whole = self._one_operation(x)
         if skip is not None:
             alike = isinstance(skip, Tensor) and skip.dtype == x.dtype and skip.shape == x.shape
-            alike = alike and skip.device == x.device and not (x.is_leaf and x.requires_grad)
+            alike = alike and skip.device == x.device and not (x.is_leaf and x.requires_grad) and may_be_written(x)
             if whole is not None and alike and skip.stride() == x.stride() and is_gapless(x):
                 return activate(x, *whole, self.share, skip=skip, twice=twice)
             x = x.add_(skip) if alike else x + skip
@@ -110,19 +110,25 @@ class FrozenSparta(nn.Module):
         return (y, y) if twice else y
 
     def _layer_by_layer(self, x: Tensor) -> Tensor:
-        h1 = add_relu(self.conv1(x), inplace=True)
+        h1 = _relu(self.conv1(x))
         if self.kernel_size == 1:
             channel = self.conv2(_PixelMean.apply(h1)).flatten(1)
         else:
             channel = _PixelMean.apply(self.conv2(h1)).flatten(1)
 
         if self.dynamic:
-            h3, h3_again = add_relu_fork(self.conv3(x), inplace=True)
-            h6 = add_relu(self.conv6(h3_again), inplace=True)
+            h3 = self.conv3(x)
+            h3, h3_again = add_relu_fork(h3, inplace=may_be_written(h3))
+            h6 = _relu(self.conv6(h3_again))
             kernel = self.predict(_PixelMean.apply(h6).flatten(1))
         else:
-            h3 = add_relu(self.conv3(x), inplace=True)
+            h3 = _relu(self.conv3(x))
             kernel = self.conv5.flatten().expand(x.shape[0], -1)
         spatial = self.conv4(h3)
 
         return conv5_and_gate(x, spatial, channel, kernel, self.kernel_size, self.share)
+
+
+def _relu(x: Tensor) -> Tensor:
+    """Of a layer's output, in its memory where that is allowed."""
+    return add_relu(x, inplace=may_be_written(x))
