@@ -125,6 +125,7 @@ NOT_ADV = [
     *NOT_IMAGES,
     (torch.ones(1, 3, 5, 4).expand(2, 3, 5, 4), ValueError, "must not be expanded"),
     (torch.ones(IMAGE, requires_grad=True), ValueError, "must not require a gradient"),
+    (torch.ones(IMAGE, dtype=torch.complex64).conj().imag, ValueError, "must not be a negated view"),
 ]
 NOT_RADII = [  # a step or a ball's radius
     ("1", TypeError, "must be a number, got str"),

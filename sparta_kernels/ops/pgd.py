@@ -1,4 +1,4 @@
-"""pgd_step_ and pgd_start_: the attack's element-wise work, one pass each, in place."""
+"""pgd_step_ and pgd_start_: the attack's elementwise operations, in place, one pass each."""
 
 from __future__ import annotations
 
@@ -78,6 +78,8 @@ def _check_adv(operation: str, adv: Tensor) -> None:
     check_images(operation, "adv", adv)
     if adv.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{operation}: adv must not require a gradient while it is written; use torch.no_grad()")
+    if adv.is_neg():
+        raise ValueError(f"{operation}: adv is written, so it must not be a negated view; use adv.resolve_neg()")
     expanded = any(stride == 0 and extent > 1 for stride, extent in zip(adv.stride(), adv.shape, strict=True))
     if expanded and adv.numel() > 0:
         raise ValueError(f"{operation}: adv is written, so it must not be expanded; got strides {adv.stride()}")
