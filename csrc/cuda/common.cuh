@@ -1,7 +1,7 @@
 // Where the kernels meet CUDA: launches, vectors of elements, small tensors of any dtype, sums over warps and blocks.
 //
-// Instructions that C++ has no word for stand under `#if defined(__CUDA_ARCH__)`, each beside plain C++ that computes
-// the same: the kernels also compile for, and run on, a CPU (tests/emulator).
+// Inline PTX stands under `#if defined(__CUDA_ARCH__)`, each time beside plain C++ that computes the same: the kernels
+// also compile for, and run on, a CPU (tests/emulator).
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -35,11 +35,11 @@ SPARTA_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b -
 
 inline void check(const char* operation, const char* what, cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // reported here, so not again by the next call of somebody else
+  cudaGetLastError();  // clears the error: it is reported here, and must not surface in an unrelated later call
   throw std::runtime_error(std::string(operation) + ": " + what + " failed: " + cudaGetErrorString(error));
 }
 
-// Makes a device the current one, and afterwards the one that was.
+// A guard: makes a device the current one, and restores the previous one at its end.
 class CurrentDevice {
  public:
   CurrentDevice(const char* operation, int device) {
@@ -176,7 +176,7 @@ SPARTA_DEVICE uint32_t narrow_two(float first, float second) {
 #endif
 }
 
-// An element of a small tensor as it lies in memory. Nobody waits for it before it is decoded.
+// The raw bits of an element of a small tensor: the load is in flight until they are decoded.
 SPARTA_DEVICE uint64_t read_bits(const Dense& from, int64_t at) {
   uint64_t bits = 0;
   with_type(from.dtype, [&](auto type) {
@@ -212,7 +212,7 @@ SPARTA_DEVICE void write(const Dense& to, int64_t at, Acc value) {
 
 // ---- vectors of elements ----------------------------------------------------------------------------------
 
-// Elements that are read and written by one instruction, in words as registers hold them.
+// Elements that are read and written by one instruction, in the words that registers hold.
 template <class T, int count>
 struct alignas(sizeof(T) * count) Pack {
   using Word = std::conditional_t<sizeof(T) * count % 4 == 0, uint32_t, uint16_t>;
@@ -224,14 +224,14 @@ constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements of the wi
 
 inline uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
-// Whether images are read and written in vectors. Strides between fewer than two samples or rows say nothing.
+// Whether images are read and written in vectors. The stride of a single sample or row is arbitrary and ignored.
 template <class T, int count>
 bool in_vectors(const Matrices& m, int64_t samples, int64_t rows, int64_t cols) {
   return cols % count == 0 && address(m.data) % sizeof(Pack<T, count>) == 0 &&
          (samples < 2 || m.sample_stride % count == 0) && (rows < 2 || m.row_stride % count == 0);
 }
 
-// A vector that nobody writes while the kernel runs, and that is not read again.
+// Loads a vector that the kernel reads once, and that nothing writes while it runs.
 template <class T, int count>
 SPARTA_DEVICE Pack<T, count> read_once(const T* from) {
   Pack<T, count> pack;
@@ -246,18 +246,19 @@ SPARTA_DEVICE Pack<T, count> read_once(const T* from) {
   return pack;
 }
 
-// Vectors on their way from memory to one thread, `places` of them at most. Those of 16 bytes wait in shared memory,
-// where they take no registers and no compiler can move the loads to where they are used; smaller ones in registers.
+// Loads in flight for one thread: a ring of up to `places` vectors. Vectors of 16 bytes are copied to shared memory
+// asynchronously, where they take no registers and the compiler cannot move the loads to their uses; smaller ones are
+// loaded into registers.
 template <class T, int count, int places>
 class Ring {
  public:
   using Vector = Pack<T, count>;
   static constexpr bool shared = sizeof(Vector) == 16;
-  static constexpr int room = shared ? places * kThreads : 1;  // vectors of shared memory, for a block
+  static constexpr int room = shared ? places * kThreads : 1;  // vectors of shared memory for a block
 
   SPARTA_DEVICE explicit Ring(Vector* memory) : memory_(memory + (shared ? threadIdx.x : 0)) {}
 
-  // Sends for a vector; nothing happens unless `wanted`. After every round of these comes a sent().
+  // Starts the load of a vector, if `wanted`. Every round of these must be closed by sent().
   SPARTA_DEVICE void send_for(int place, const T* from, bool wanted) {
     if constexpr (shared) {
 #if defined(__CUDA_ARCH__)
@@ -281,7 +282,7 @@ class Ring {
     if constexpr (shared) __pipeline_commit();
 #endif
   }
-  // Until only the newest `newest` rounds are still on their way.
+  // Waits until at most the newest `newest` rounds are in flight.
   template <int newest>
   static SPARTA_DEVICE void wait() {
 #if defined(__CUDA_ARCH__)
@@ -290,7 +291,7 @@ class Ring {
     if constexpr (shared) __pipeline_wait_prior(newest);
 #endif
   }
-  // What was sent for into that place, in a round that has been waited for.
+  // The vector that was loaded into that place, in a round that has been waited for.
   SPARTA_DEVICE Vector take(int place) const {
     if constexpr (shared)
       return memory_[place * kThreads];
@@ -308,7 +309,7 @@ SPARTA_DEVICE void store(T* to, const Pack<T, count>& pack) {
   *reinterpret_cast<Pack<T, count>*>(to) = pack;
 }
 
-// Numbers in shared memory, as many at a time as an instruction takes; `to` is aligned to as many.
+// Stores numbers to shared memory, as many at a time as an instruction takes; `to` is aligned accordingly.
 template <int count, class Acc>
 SPARTA_DEVICE void store_all(Acc* to, const Acc (&values)[count]) {
   constexpr int together = count < kVector<Acc> ? count : kVector<Acc>;
@@ -347,8 +348,8 @@ SPARTA_DEVICE Pack<T, count> narrow_all(const Acc (&values)[count]) {
 
 // ---- sums -------------------------------------------------------------------------------------------------
 
-// Sums over the lanes of a warp whose numbers differ in the bits from `low` to below `high` alone (powers of two), in
-// each of them.
+// Sums over groups of a warp's lanes: those whose numbers differ only in the bits from `low` to below `high` (powers of
+// two). Every lane of a group gets the group's sums.
 template <int count, class Acc>
 SPARTA_DEVICE void sum_lanes(Acc (&values)[count], int low, int high) {
 #pragma unroll 1

@@ -1,4 +1,4 @@
-// What a machine's CUDA devices are. Without CUDA in the build there are none to speak of (bindings.cpp says so).
+// The machine's CUDA devices, for cuda_info() in bindings.cpp. Part of builds with CUDA only.
 #pragma once
 
 #include <string>

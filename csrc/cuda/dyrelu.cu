@@ -2,11 +2,11 @@
 // whose coefficients belong to the element's sample and channel. x (and gy) are read once, y (or gx) is written once.
 //
 // A thread keeps the coefficients of its channels in registers, and walks along pixels. In planar images a team of up to
-// 32 threads has a row, one channel's pixels, and lanes add up its sums; in channels_last ones a team lies across the
-// channels, and a block's teams, which take turns with the pixels, meet in shared memory. Where pixels are in parts, for
-// long rows and large images, every part leaves its sums in scratch memory, and a second kernel adds them in order. How
-// samples are cut follows from the tensors' shape, dtype and alignment alone, so results are the same bits every time,
-// on every device.
+// 32 threads works on a row, one channel's pixels, whose sums are added up over its lanes. In channels_last images a team
+// spans the channels, a block's teams take turns with the pixels, and their sums are added up in shared memory. Long rows
+// and large images are cut into parts of pixels: each part leaves its sums in scratch memory, and a second kernel adds
+// them in order. How samples are cut follows from the tensors' shape, dtype and alignment alone, so results are bitwise
+// the same every time, on every device.
 #include "common.cuh"
 
 namespace sparta {
@@ -67,7 +67,7 @@ struct Walk {
     const int end = static_cast<int>(min((int64_t{part} + 1) * cut.part_pixels, cut.pixels));
     vectors = channel < cut.channels && pixel < end ? (end - pixel + step - 1) / step : 0;
   }
-  // Where its first vector lies, and from there the next.
+  // The address of the first vector, and the stride to the next.
   template <class T>
   SPARTA_DEVICE T* first(const Matrices& m) const {
     const int64_t row = planar ? channel : pixel, col = planar ? pixel : channel;
@@ -76,7 +76,7 @@ struct Walk {
   SPARTA_DEVICE int64_t next(const Matrices& m) const { return planar ? int64_t{step} : step * m.row_stride; }
 };
 
-// The coefficients of a thread's channels: `most` lines, of which those beyond K are never looked at.
+// The coefficients of a thread's channels: room for `most` lines, of which the first K are used.
 template <class Acc, int most, int channels>
 struct Lines {
   Acc slope[most][channels], intercept[most][channels];
@@ -103,7 +103,7 @@ struct Lines {
   }
 
  private:
-  // All at once: nobody waits for one before the next is sent for.
+  // Loads them all before the first is used.
   SPARTA_DEVICE void read(const Dense& small, int64_t first, Acc (&values)[most][channels]) const {
     with_type(small.dtype, [&](auto type) {
       const auto* from = static_cast<const decltype(type)*>(small.data) + first;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, planar>) dyrelu_forward_k
 
 // ---- backward ---------------------------------------------------------------------------------------------
 
-// Every part's sums, in scratch or, where there is one part alone, nowhere: (samples, parts, channels, K) each.
+// Every part's sums, (samples, parts, channels, K) each, in scratch memory; unused where there is one part.
 template <class Acc>
 struct Partials {
   Acc *slopes, *intercepts;
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// The second kernel: a thread a coefficient's gradient.
+// The second kernel: one thread for each coefficient's gradient.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
     dyrelu_finish_kernel(DyReluBackward args, Cut cut, Partials<Acc> partials, int64_t coefficients) {
@@ -297,8 +297,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launches ---------------------------------------------------------------------------------------------
 
-// Of images whose rows are of whole vectors, as many elements at a time as 16 bytes hold; in channels_last 16 bytes of
-// the accumulator's type, since each of them has coefficients and sums of its own, and only for up to 4 lines.
+// Images whose rows consist of whole vectors are processed in vectors: of 16 bytes where planar; in channels_last, where
+// every element of a vector has its own coefficients and sums, of 16 bytes in the accumulator's type, for up to 4 lines.
 constexpr int kFewLines = 4;
 template <class T>
 constexpr int kChannels = kVector<typename Accumulator<T>::type>;

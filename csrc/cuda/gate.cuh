@@ -13,7 +13,7 @@ namespace cuda {
 
 constexpr int kMaxRows = 1024;  // of a block: their factors lie in shared memory
 
-// Rows that a thread has in flight.
+// How many rows a thread has in flight.
 template <class T, int vector>
 constexpr int kRing = vector == 1 ? 8 : (sizeof(T) == 8 ? 2 : 4);
 
@@ -89,9 +89,9 @@ struct Tile {
   }
 };
 
-// The factors of a block's rows and columns as they are (a pixel has the value of its cell), fetched by the whole
-// block, which then has to wait for all its threads. Even warps fetch the rows', odd ones the columns', four at a time:
-// a block can only begin when it has them all.
+// Fetches the unscaled factors of a block's rows and columns (a pixel has the value of its cell) by all its threads, which
+// must synchronise afterwards. Even warps fetch those of rows and odd ones those of columns, four loads at a time, since
+// the block cannot begin before it has them all.
 template <class Acc>
 SPARTA_DEVICE void fetch_factors(const Tiles& tiles, const Tile& tile, const Dense& spatial, const Dense& channel,
                                  Acc* row_factor, Acc* col_factor) {
@@ -129,7 +129,7 @@ SPARTA_DEVICE void fetch_factors(const Tiles& tiles, const Tile& tile, const Den
   }
 }
 
-// The kernel of a sample, 1 where there is none: sent for first, decoded when it is needed.
+// A sample's kernel, 1 where there is none: loaded early, decoded when it is needed.
 class SampleKernel {
  public:
   SPARTA_DEVICE SampleKernel(const Dense& kernel, int64_t sample)

@@ -1,10 +1,10 @@
 // The gate on a CUDA device, backward: x and gy are read once, gx is written once, and the two factors' gradients are
 // summed on the way.
 //
-// Sums of columns grow in registers, sums of rows are finished by the lanes of a warp; both are then added up over the
+// Sums of columns are kept in registers, sums of rows are reduced over a warp's lanes; both are then added up over the
 // block in shared memory. Where a sample is one block, that block finishes the small gradients too; otherwise blocks
 // leave their sums in scratch memory, and a second kernel adds them in order. How samples are cut follows from the
-// tensors' shape, dtype and alignment alone, so results are the same bits every time, on every device.
+// tensors' shape, dtype and alignment alone, so results are bitwise the same every time, on every device.
 #include "gate.cuh"
 
 namespace sparta {
@@ -41,7 +41,7 @@ struct Sums {
   }
 };
 
-// Field by field: a choice between whole structures would go through memory.
+// a or b. Field by field: selecting whole structures would go through local memory.
 template <class Acc>
 SPARTA_DEVICE Sums<Acc> choose(bool first, const Sums<Acc>& a, const Sums<Acc>& b) {
   return {first ? a.parts : b.parts, first ? a.stride : b.stride, first ? a.count : b.count,
@@ -72,7 +72,7 @@ SPARTA_DEVICE void finish_cells(const GateBackward& args, const Tiles& tiles, in
   }
 }
 
-// By a whole block; `memory` is shared, and has room for a number a warp.
+// Called by a whole block; `memory` is shared, with room for one number per warp.
 template <class Acc>
 SPARTA_DEVICE void finish_channels(const GateBackward& args, int64_t sample, Acc kernel, const Sums<Acc>& of_channels,
                                    Acc* memory) {
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, vector>)
   const T* gy = tile.template at<const T>(args.gy, row, col);
   T* gx = tile.template at<T>(args.gx, row, col);
 
-  // As soon as a row is used, the one `ring` rows further on is sent for.
+  // When a row has been used, the load of the one `ring` rows further on is started.
   Rows x_ring(x_memory), gy_ring(gy_memory);
   const auto send_for = [&](int place, int which) {
     x_ring.send_for(place, x, which < rows);
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, vector>)
   Acc col_factor[vector], col_sum[vector];
 #pragma unroll
   for (int j = 0; j < vector; ++j) {
-    col_factor[j] = col_slots[col + j];  // whatever it is beyond the last column
+    col_factor[j] = col_slots[col + j];  // beyond the last column undefined, and unused
     col_sum[j] = 0;
   }
   __syncthreads();  // before sums are written over the factors
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, vector>)
     row += ring * step;
   }
 
-  const SampleKernel kernel_again(args.kernel, tile.sample);  // it would have taken a register all the time
+  const SampleKernel kernel_again(args.kernel, tile.sample);  // reloaded: keeping it would have taken a register
   // Columns: over the rows of a warp here, over the block's warps where the sum is used.
   sum_lanes(col_sum, near, kWarp);
   if (threadIdx.x % kWarp < near && col < tile.cols) {

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, vector>)
   const T* x = tile.template at<const T>(args.x, row, col);
   T* y = tile.template at<T>(args.y, row, col);
 
-  // As soon as a row is used, the one `ring` rows further on is sent for.
+  // When a row has been used, the load of the one `ring` rows further on is started.
   Rows x_ring(x_memory);
   const auto send_for = [&](int place, int which) {
     x_ring.send_for(place, x, which < rows);
@@ -69,8 +69,8 @@ template <class T, int vector>
 void forward(const GateForward& args) {
   Tiles tiles("gate_forward", args.shape, vector);
   if (tiles.rows == 0 || tiles.cols == 0) return;
-  // A thread goes around its ring twice, enough that fetching the factors does not show; or once, where otherwise there
-  // would be too few blocks for a large GPU.
+  // A thread goes around its ring twice, which is enough to amortise fetching the factors; or once, where there would
+  // otherwise be too few blocks for a large GPU.
   const int64_t ring_rows = int64_t{kRing<T, vector>} * tiles.row_step;
   tiles.cut_rows(2 * ring_rows);
   if (args.shape.samples * tiles.blocks() < 1024) tiles.cut_rows(ring_rows);

@@ -15,7 +15,7 @@ struct Bounds {
 
 template <class T, int count, class Acc>
 SPARTA_DEVICE void step_pack(T* adv, const T* grad, const T* clean, const Bounds<Acc>& bounds) {
-  // adv is written here, so it is not for read_once.
+  // Not by read_once: adv is written below.
   const Pack<T, count> adv_pack = *reinterpret_cast<const Pack<T, count>*>(adv);
   const Pack<T, count> grad_pack = read_once<T, count>(grad), clean_pack = read_once<T, count>(clean);
   Acc a[count], g[count], c[count];
@@ -28,7 +28,7 @@ SPARTA_DEVICE void step_pack(T* adv, const T* grad, const T* clean, const Bounds
   store(adv, narrow_all<T>(a));
 }
 
-// A thread's elements: `count` of them, and of the last incomplete ones one.
+// A thread's work: one pack of `count` elements, or one element of the incomplete pack at the end.
 template <class T, int count, class Acc>
 __global__ void __launch_bounds__(kThreads)
     step_kernel(T* adv, const T* grad, const T* clean, int64_t elements, Bounds<Acc> bounds) {

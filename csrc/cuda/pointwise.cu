@@ -1,9 +1,9 @@
 // swish_relu and smooth_relu on a CUDA device, forward and backward: x (and gy) are read once, y (or gx) written once.
 //
-// A block's work is a stretch of elements, which its threads take vector by vector; a stretch that is cut off, or not
-// aligned, is done one element at a time. The gradient of smooth_relu's b is a sum over everything: every block leaves
-// its part in scratch memory, and a second kernel, of one block, adds the parts in order. How elements are cut follows
-// from their number, dtype and alignment alone, so results are the same bits every time, on every device.
+// A block's work is a stretch of elements, which its threads process vector by vector; a stretch that is incomplete or
+// not aligned is done one element at a time. The gradient of smooth_relu's b is a sum over all elements: every block
+// leaves its part in scratch memory, and a second kernel, of one block, adds the parts in order. How elements are cut
+// follows from their number, dtype and alignment alone, so results are bitwise the same every time, on every device.
 #include "common.cuh"
 
 namespace sparta {

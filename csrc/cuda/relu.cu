@@ -1,8 +1,8 @@
 // relu(a + b) on a CUDA device, forward and backward, in one pass each: what is kept in between is one bit an element.
 //
-// A warp's work is a tile of 256 elements, whose bits are 32 bytes, one for each lane. Its vectors lie one lane after
-// the other, so that each load and store of a warp is one stretch of memory; where they are narrower than eight
-// elements, lanes put their bits together. A tile that is cut off, or not aligned, is done one element at a time.
+// A warp's work is a tile of 256 elements, whose bits are 32 bytes, one for each lane. Neighbouring lanes load and store
+// neighbouring vectors, so that accesses are coalesced; where vectors are narrower than eight elements, lanes combine
+// their bits. A tile that is incomplete or not aligned is done one element at a time.
 #include "common.cuh"
 
 namespace sparta {
@@ -21,8 +21,8 @@ SPARTA_DEVICE int64_t first_of_tile() {
   return (int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp) * kTile;
 }
 
-// Whole vectors by instructions of their own: left to itself, the compiler makes four of some of them. And not through
-// read_once: what is written over is not for its cache.
+// Loads a whole vector by one instruction: the compiler splits some of them into four. Not read_once, whose read-only
+// path must not be used for memory that the kernel overwrites.
 template <class T, int count>
 SPARTA_DEVICE Pack<T, count> read(const T* from) {
   Pack<T, count> pack;
@@ -60,12 +60,12 @@ SPARTA_DEVICE void add(const Pack<T, count>& first, const Pack<T, count>& second
   }
 }
 
-// Writes y, and gives the bits.
+// Writes y and returns the bits.
 template <bool two, class T, int count>
 SPARTA_DEVICE unsigned rectify(const Pack<T, count>& a, const Pack<T, count>& b, T* y) {
   typename Accumulator<T>::type sum[count];
   add<two>(a, b, sum);
-  // A sum of two 16-bit numbers that is positive, and computed in float32, does not become 0 when it is rounded.
+  // Taken before rounding to T: a positive sum of two 16-bit numbers, in float32, does not round to 0.
   unsigned bits = 0;
 #pragma unroll
   for (int i = 0; i < count; ++i) {

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
+from ..nn.traced_forward import first_line
 from ..ops import pgd_step_
 from . import checks
 from .capture import Capture
 from .prepare import PRECISIONS, PRECISIONS_ON_CPU, Prepared
-from .tracing import first_line
 
 ENGINES = ("auto", "eager", "compile", "graph")
 

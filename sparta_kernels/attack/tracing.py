@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..nn.frozen import has_hooks
+from ..nn.traced_forward import first_line, holds_proxies
 
 ROOT = "model"  # what the model is called in the graph
 
@@ -87,11 +88,6 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its name if that is empty."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
-
-
 def trace(model: nn.Module, whole: dict[str, str]) -> tuple[fx.Graph, dict[str, nn.Module | Tensor], dict[str, str]]:
     """Trace a model: its graph, the modules and tensors that it names, and which modules were kept whole, and why.
 
@@ -106,7 +102,7 @@ def trace(model: nn.Module, whole: dict[str, str]) -> tuple[fx.Graph, dict[str, 
         twin = _Caller(_twin(model, {}))
         tracer = _Tracer(whole)
         graph = tracer.trace(twin)
-        stored = {name: "it stores what it computes" for name, part in twin.named_modules() if _holds_proxies(part)}
+        stored = {name: "it stores what it computes" for name, part in twin.named_modules() if holds_proxies(part)}
         if any(writes_input(node, {}) and _unknown_memory(first_input(node)) for node in graph.nodes):
             stored[ROOT] = "it writes into tensors that it makes, or into one in another shape"
         if not stored.keys() - whole.keys():
@@ -144,12 +140,6 @@ def _own(value: Any, module: nn.Module, twin: nn.Module) -> Any:
     if isinstance(value, MethodType) and value.__self__ is module:
         return MethodType(value.__func__, twin)
     return type(value)(value) if type(value) in (dict, list, set) else value
-
-
-def _holds_proxies(module: nn.Module) -> bool:
-    values = [*module.__dict__.values(), *module._buffers.values()]
-    inside = [item for value in values if isinstance(value, (list, tuple, set)) for item in value]
-    return any(isinstance(value, fx.Proxy) for value in [*values, *inside])
 
 
 def _unknown_memory(node: fx.Node | None) -> bool:

@@ -75,8 +75,8 @@ def _rewritten(module: nn.Module, training: bool, names: dict[int, str], count: 
     try:
         graph = _Tracer().trace(twin)
     except Exception as error:  # whatever code does with what is not a tensor
-        raise Untraceable(f"its forward cannot be traced ({type(error).__name__}: {_first_line(error)})") from error
-    if _holds_proxies(twin):
+        raise Untraceable(f"its forward cannot be traced ({type(error).__name__}: {first_line(error)})") from error
+    if holds_proxies(twin):
         raise Untraceable("its forward stores what it computes")
     relus = [node for node in graph.nodes if _is_relu(node, twin)]
     if len(relus) != count:
@@ -106,7 +106,8 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _holds_proxies(module: nn.Module) -> bool:
+def holds_proxies(module: nn.Module) -> bool:
+    """Whether the module has stored what a tracer put in the place of tensors."""
     values = [*vars(module).values(), *module._buffers.values()]
     inside = [item for value in values if isinstance(value, (list, tuple, set)) for item in value]
     return any(isinstance(value, fx.Proxy) for value in [*values, *inside])
@@ -127,8 +128,9 @@ def _in_place(node: fx.Node, module: nn.Module) -> bool:
     return name.endswith("_") or bool(node.kwargs.get("inplace")) or True in node.args[1:]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:120]
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def _derived(base: type[nn.Module], code: _Code) -> type[nn.Module]:

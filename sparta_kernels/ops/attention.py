@@ -28,7 +28,7 @@ from sparta_kernels.ops.checks import check_images, check_integer, check_shape, 
 from sparta_kernels.ops.gate import raw_gate_backward, raw_gate_backward_of_sum, raw_gate_forward
 from sparta_kernels.ops.library import asked, untraced
 
-# ---- both halves, for the two functions below --------------------------------------------------------------
+# ---- forward and backward of the two operations below ------------------------------------------------------
 
 
 class _Attended(NamedTuple):
@@ -41,23 +41,23 @@ class _Attended(NamedTuple):
 
 
 def _attend(x: Tensor, packed: Packed, keep: bool, skip: Tensor | None = None) -> _Attended:
-    """Of x; with `skip` of x + skip, which is written over x."""
+    """The attention network of x; with `skip` that of x + skip, which is written over x."""
     options = packed.tensors, packed.hidden, packed.dynamic, keep, packed.backend
     return _Attended(*(raw_forward(x, *options) if skip is None else raw_forward_(x, skip, *options)))
 
 
-class _Fused(Function):
+class _Saved:
     """Shared by the two functions: what is saved for backward, and the gradients."""
 
     @staticmethod
-    def keep(ctx: Any, x: Tensor, found: _Attended, packed: Packed, weights: AttentionWeights, *more: Tensor) -> None:
+    def save(ctx: Any, x: Tensor, found: _Attended, packed: Packed, weights: AttentionWeights, *more: Tensor) -> None:
         wanted = any(ctx.needs_input_grad[1 : 1 + len(weights)])
         means = (found.mean1, found.mean6) if wanted else ()
         ctx.save_for_backward(x, found.bits, *more, *means, *weights)
         ctx.packed = packed
 
     @staticmethod
-    def saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor], AttentionWeights]:
+    def load(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor], AttentionWeights]:
         x, bits, *more = ctx.saved_tensors
         size = len(AttentionWeights._fields)
         return x, bits, more[:-size], AttentionWeights(*more[-size:])
@@ -72,7 +72,10 @@ class _Fused(Function):
         grads: tuple[Tensor, Tensor, Tensor],
         gx: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        """x's, added to gx if that is not None, and the weights'; `grads` are those of a, channel and kernel."""
+        """The gradients of x, added to gx unless that is None, and of the weights.
+
+        `grads` are those of a, channel and kernel.
+        """
         if gx is not None:
             raw_backward_(gx, *grads, bits, ctx.packed.tensors, ctx.packed.hidden, ctx.packed.backend)
         wanted = asked(ctx, 0, (x, *weights))[1:]
@@ -95,12 +98,12 @@ class SpartaAttention(Function):
         found = _attend(x, packed, True)
         ctx.set_materialize_grads(False)
         ctx.work = found.a.dtype
-        _Fused.keep(ctx, x, found, packed, AttentionWeights(*weights))
+        _Saved.save(ctx, x, found, packed, AttentionWeights(*weights))
         return found.a, found.channel, found.kernel
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, bits, means, weights = _Fused.saved(ctx)
+        x, bits, means, weights = _Saved.load(ctx)
         if torch.is_grad_enabled():
             return *_again(ctx, x, weights, grads, None), None
         samples, channels, height, width = x.shape
@@ -110,7 +113,7 @@ class SpartaAttention(Function):
             for grad, shape in zip(grads, shapes, strict=True)
         )
         gx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        return *_Fused.gradients(ctx, x, bits, means, weights, found, gx), None  # type: ignore[arg-type]
+        return *_Saved.gradients(ctx, x, bits, means, weights, found, gx), None  # type: ignore[arg-type]
 
 
 class SpartaActivation(Function):
@@ -125,7 +128,7 @@ class SpartaActivation(Function):
         *weights, skip, packed, share, gate, twice = rest
         found = _attend(x, packed, True, skip)
         spatial = _shared(found.a, share)
-        _Fused.keep(ctx, x, found, packed, AttentionWeights(*weights), spatial, found.channel, found.kernel)
+        _Saved.save(ctx, x, found, packed, AttentionWeights(*weights), spatial, found.channel, found.kernel)
         ctx.share, ctx.gate, ctx.has_skip = share, gate, skip is not None
         ctx.set_materialize_grads(False)
         y = raw_gate_forward(x, spatial, found.channel, found.kernel, share, gate)
@@ -137,7 +140,7 @@ class SpartaActivation(Function):
             gy, gy2 = gy2, None
         if gy is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, bits, (spatial, channel, kernel, *means), weights = _Fused.saved(ctx)
+        x, bits, (spatial, channel, kernel, *means), weights = _Saved.load(ctx)
         others: Any = (None,) * 4
         if torch.is_grad_enabled():
             if ctx.has_skip:
@@ -154,7 +157,7 @@ class SpartaActivation(Function):
             else raw_gate_backward_of_sum(gy, gy2, *inputs, ctx.gate)
         )
         found = _unshared(gspatial, ctx.share, x), gchannel, gkernel
-        gx, *grads = _Fused.gradients(ctx, x, bits, means, weights, found, gx if wanted[0] else None)
+        gx, *grads = _Saved.gradients(ctx, x, bits, means, weights, found, gx if wanted[0] else None)
         return gx if needs_x else None, *grads, gx if needs_skip else None, *others
 
 
@@ -175,7 +178,7 @@ def _again(
 ) -> list[Tensor | None]:
     """The gradients in plain PyTorch, which are differentiable again."""
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        # Views, for one of them may be another, or made of it: its own share alone is asked for.
+        # As views: one input may be another one, or computed from it, and only its direct gradient is asked for.
         inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, *weights)]
         found: Any = reference.folded_attention(*inputs)  # type: ignore[arg-type]
         if share is not None:
@@ -193,7 +196,7 @@ def _again(
     return [by_input.get(i) for i in range(len(inputs))]
 
 
-# ---- the functions -----------------------------------------------------------------------------------------
+# ---- the operations ----------------------------------------------------------------------------------------
 
 
 def _check(operation: str, x: Tensor, weights: AttentionWeights) -> None:
@@ -304,7 +307,7 @@ def activate(
         skip: like x, which has no gaps, in shape, dtype, device and strides: y is that of x + skip, written over x.
         twice: return y twice, for two consumers, in the same memory: their gradients are added in the gate's pass.
     """
-    gate = backends.choose(x.device, backend).backend  # of the gate's kernels `auto` may prefer others
+    gate = backends.choose(x.device, backend).backend  # for the gate `auto` may prefer another backend
     if torch.is_grad_enabled() and (_differentiable(x, weights) or (skip is not None and skip.requires_grad)):
         return SpartaActivation.apply(x, *weights, skip, packed, share, gate, twice)
     found = _attend(x, packed, False, skip)

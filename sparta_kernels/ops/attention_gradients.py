@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sparta_kernels.ops.attention_kernels import AttentionWeights
 
-_ELEMENTS = 1 << 22  # of each hidden tensor that is there at a time, or those of one sample
+_ELEMENTS = 1 << 22  # of a hidden tensor that are in memory at a time, or as many as one sample has
 
 
 def weight_gradients(

@@ -23,8 +23,9 @@ class _FrozenConvolution(Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        # Of the input torch looks at shape, dtype and memory format alone when only its gradient is wanted. On a CPU it
-        # makes it dense first: memory that nobody has written costs nothing. On a GPU it need not be there at all.
+        # When only the input's gradient is computed, torch reads the input's shape, dtype and memory format, not its
+        # values. On a CPU it makes a strided input contiguous first, so a dense one is passed: pages that are never
+        # written cost nothing. On a GPU one element, expanded, will do.
         if grad.device.type == "cpu":
             like = torch.empty_strided(ctx.shape, ctx.stride, dtype=grad.dtype, device=grad.device)
         else:

@@ -97,7 +97,7 @@ register(
     _backward,
     _backward_fake,
 )
-# All gradients for gy + gy2: of a y that two read.
+# All gradients for gy + gy2, where y has two consumers.
 register(
     "_gate_backward_of_sum(Tensor gy, Tensor gy2, Tensor x, Tensor spatial, Tensor channel, Tensor kernel, int share, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",

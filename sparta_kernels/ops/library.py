@@ -125,7 +125,7 @@ def differentiable(
     count: int,
     vmap_rule: Callable[[Any], None] = batched,
 ) -> Callable[..., Tensor]:
-    """Join an operation's two raw halves, which torch cannot differentiate, into one function that it can.
+    """Make a differentiable function of an operation's raw forward and backward, by an autograd.Function.
 
     Args:
         name: what the operation is called in a graph, e.g. ``grad_fn=<SpartaGateBackward>``.
@@ -151,7 +151,7 @@ def differentiable(
     def first_order(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:count])
         args = (grad, *ctx.saved_tensors, *ctx.options, wanted, ctx.backend)
-        # A graph of its own is for a gradient that is differentiated again; compiled ones never are.
+        # `Backward` makes the gradient differentiable again, which it never has to be in compiled code.
         if torch.compiler.is_compiling() or (eager() and not torch.is_grad_enabled()):
             grads = backward(*args)
         else:
@@ -192,7 +192,7 @@ def differentiable(
         backward=differentiate_again,
         generate_vmap_rule=True,
     )
-    # torch.func and torch.compile want the form with setup_context; in eager mode it costs 15 microseconds more a call.
+    # torch.func and torch.compile need the form with setup_context; in eager mode it costs 15 microseconds more a call.
     Transformed = function("", forward=forward, setup_context=save, backward=first_order, generate_vmap_rule=True)
     Eager = function("", forward=save_and_forward, backward=first_order)
 
@@ -200,7 +200,7 @@ def differentiable(
         if torch._C._are_functorch_transforms_active():
             return Transformed.apply(*args)
         wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:count])
-        # Under forward-mode AD the Function says that it has no such derivative; forward would drop it in silence.
+        # Under forward-mode AD the Function raises an error (it has no jvp); forward would drop the tangent silently.
         if not wanted and torch.autograd.forward_ad._current_level < 0:
             return forward(*args)
         return Transformed.apply(*args) if torch.compiler.is_compiling() else Eager.apply(*args)

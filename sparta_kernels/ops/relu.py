@@ -1,4 +1,4 @@
-"""add_relu: ``relu(a + b)``, one pass each way, that keeps one bit an element for its gradient."""
+"""add_relu: ``relu(a + b)``, one pass each way, with one bit per element saved for its gradient."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class AddRelu(Function):
         if grad is None:
             return None, None, None, None, None
         (bits,) = ctx.saved_tensors
-        # A graph of its own is for a gradient that is differentiated again; compiled ones never are.
+        # `AddReluBackward` makes the gradient differentiable again, which it never has to be in compiled code.
         if torch.compiler.is_compiling() or (eager() and not torch.is_grad_enabled()):
             found = _raw_backward(grad, grad2, bits, *ctx.options)
         else:
@@ -122,7 +122,7 @@ def _check(operation: str, a: Tensor, b: Tensor | None, inplace: bool) -> None:
 
 
 def _check_written(operation: str, a: Tensor, b: Tensor | None, twice: bool, wanted: bool) -> None:
-    """That y may be written over a, before it is; `wanted`: with a gradient."""
+    """Check, before anything is written, that y may be written over a; `wanted`: whether a gradient is."""
     if not is_gapless(a):
         raise ValueError(
             f"{operation}: a must lie in memory without gaps where inplace is True, got strides {a.stride()}"
@@ -154,7 +154,8 @@ def _apply(operation: str, a: Tensor, b: Tensor | None, inplace: bool, twice: bo
         y = (a if b is None else a.add_(b)).relu_() if inplace else reference.add_relu(a, b)
         return (y, y[...]) if twice else y
     inplace = inplace and not compiling
-    # Under forward-mode AD the Function says that it has no such derivative; a raw operation would drop it in silence.
+    # Under forward-mode AD the Function raises an error, since it has no jvp; a raw operation would drop the tangent
+    # silently.
     if wanted or torch.autograd.forward_ad._current_level >= 0:
         return AddRelu.apply(a, b, inplace, twice, chosen)
     if inplace:
