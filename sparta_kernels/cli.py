@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -43,13 +44,34 @@ app.add_typer(data.app, name="data")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 a bad argument (one line says which), 130 Ctrl-C.
 
-    SIGTERM and SIGHUP end it as Ctrl-C does, with status 143 and 129.
+    SIGTERM and SIGHUP end it as Ctrl-C does, with status 143 and 129. Where nobody reads what it prints any more, as
+    in ``sparta info | head -1``, it ends quietly with 141, a run in training with its last step stored.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started it; what is for standard error would go to the other
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     with as_ctrl_c() as came:
-        status = _status(arguments)
+        try:
+            status = _status(arguments)
+        except (BrokenPipeError, SystemExit):  # Click makes the second of the first
+            status = options.UNREAD
+            _write_nowhere()
     if status == options.INTERRUPTED and came:
         status = 128 + came[0]  # what a shell reports for a program that a signal ended
     sys.exit(status)
+
+
+def _write_nowhere() -> None:
+    """Have what closed pipes were not given lost, where Python would write it at its end, and complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.__stdout__, sys.__stderr__):  # not what Click puts in their place
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _status(arguments: Sequence[str] | None) -> int | None:
@@ -57,8 +79,11 @@ def _status(arguments: Sequence[str] | None) -> int | None:
     try:
         with keep_freed_memory():
             status: int | None = app(args=arguments, prog_name="sparta", standalone_mode=False)
+            sys.stdout.flush()  # a full disk, too, is told here
     except typer.Abort:
         status = options.INTERRUPTED
+    except BrokenPipeError:
+        raise
     except OSError as error:  # a full disk, say: arguments were checked before
         options.say(str(error))
         status = options.FAILED

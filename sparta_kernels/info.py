@@ -43,15 +43,17 @@ def _cuda_version(number: int) -> str:
 
 def _attention(kind: str) -> Choice:
     """What `auto` takes for bfloat16, and what it takes for each dtype as the reason."""
-    found = {}
+    found: dict[str, list[str]] = {}  # dtypes, by what is said of them
+    chosen = ""
     for dtype in FLOATS:
         try:
             backend, why = fused_backend(torch.empty(1, 1, 1, 1, dtype=dtype, device=kind), 1, "auto")
         except (RuntimeError, AssertionError) as error:  # a device that torch lists, but cannot use
             backend, why = "", str(error).partition("\n")[0]
-        found[str(dtype).removeprefix("torch.")] = (backend, "its kernels") if backend else ("reference", why)
-    reason = "; ".join(f"{dtype}: {backend} ({why})" for dtype, (backend, why) in found.items())
-    return Choice(found["bfloat16"][0], reason)
+        backend, why = (backend, "its kernels") if backend else ("reference", why)
+        found.setdefault(f"{backend} ({why})", []).append(str(dtype).removeprefix("torch."))
+        chosen = backend if dtype == torch.bfloat16 else chosen
+    return Choice(chosen, "; ".join(f"{', '.join(dtypes)}: {words}" for words, dtypes in found.items()))
 
 
 def build_info() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -32,8 +33,19 @@ def test_info(tmp_path):
     assert result.exit_code == 0, result.output
     assert torch.__version__ in result.stdout
     assert json.loads((tmp_path / "info.json").read_text())["versions"]["torch"] == torch.__version__
+    assert len(re.findall("its kernels for cpu are the only", " ".join(result.stdout.split()))) <= 1  # each reason once
+    assert all(operation in result.stdout for operation in sparta_kernels.build_info()["operations"])
     printed = run("info", "--json", "-")
     assert json.loads(printed.stdout)["versions"]["torch"] == torch.__version__
+
+
+def test_narrow_terminals_show_all_of_a_data_set(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = run("data", "info").stdout
+    facts = json.loads(run("data", "info", "--json", "-").stdout)
+    files = [file["name"] for row in facts for file in row["files"]]
+    for words in [*(row["name"] for row in facts), *files, "augmentation", "73257 images"]:
+        assert words in shown, words
 
 
 def test_version():
@@ -200,10 +212,48 @@ def test_results_are_saved_though_nobody_reads_the_table(checkpoint, tmp_path):
         ]
         done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
         os.close(writer)
-        assert done.returncode == 1, done.stderr
-        assert "Traceback" not in done.stderr
+        assert done.returncode == 141, done.stderr  # as by SIGPIPE
+        assert not re.search("sparta:|Error|Traceback", done.stderr)
         assert json.loads((tmp_path / files[0]).read_text())["results"]
         assert all((tmp_path / file).exists() for file in files)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes a pipe as POSIX does")
+@pytest.mark.parametrize("arguments", [["data", "info"], ["data", "info", "--json", "-"], ["--help"]])
+def test_what_nobody_reads_ends_quietly(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "sparta_kernels.cli", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141, done.stderr
+    assert not re.search("sparta:|Error|Traceback", done.stderr)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no such device")
+@pytest.mark.parametrize(
+    ("arguments", "into", "expected"),
+    [
+        ("--version", ">&-", (0, "", "")),
+        ("train /nowhere/net", "2>&-", (2, "", "")),
+        ("--version", ">/dev/full", (1, "", "sparta: [Errno 28] No space left on device\n")),
+    ],
+)
+def test_output_that_goes_nowhere(arguments, into, expected):
+    command = f"{sys.executable} -m sparta_kernels.cli {arguments} {into}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
+def test_training_whose_log_nobody_reads_stores_what_it_has(tmp_path, capsys, monkeypatch):
+    def gone(self, epoch):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.TrainingProgress, "epoch", gone)
+        assert one_line(["train", tmp_path / "net", *TRAIN], capsys) == (141, "")
+    assert training.read_metadata(tmp_path / "net")["epoch"] == 1
+    assert run("train", tmp_path / "net", *TRAIN, "--resume").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
-from .. import data
+from .. import data, report
 from ..data import fetch as downloads
 from . import options
 from .options import Json
@@ -63,23 +62,21 @@ def info(json_file: Json = None) -> None:
     """Show the data sets, their files, and where these come from."""
     options.check_outputs([("--json", options.file(json_file))])
     facts = [_facts(dataset) for dataset in data.DATASETS.values()]
-    table = Table(title="Data sets", title_justify="left")
-    for column in ("name", "classes", "images", "train", "test", "augmentation", "files"):
-        table.add_column(column, justify="right" if column in ("classes", "train", "test") else "left")
+    shown = {}
     for row in facts:
         channels, height, width = row["shape"]
-        crop = f"crop {row['crop']}" if row["crop"] else ""
-        table.add_row(
-            row["name"],
-            str(row["classes"]),
-            f"{height}x{width}, {'colour' if channels == 3 else 'grey'}",
-            str(row["train_images"]),
-            str(row["test_images"]),
-            ", ".join(part for part in (crop, "flip" if row["flip"] else "") if part) or "none",
-            "\n".join(f"{file['name']} ({file['bytes'] / 1e6:.0f} MB)" for file in row["files"]) or "in scikit-learn",
-        )
+        changes = [f"crop {row['crop']}"] if row["crop"] else []
+        files = [f"{file['name']} ({file['bytes'] / 1e6:.0f} MB)" for file in row["files"]]
+        shown[row["name"]] = {
+            "classes": row["classes"],
+            "training": f"{row['train_images']} images",
+            "test": f"{row['test_images']} images",
+            "size": f"{height}x{width}, {'colour' if channels == 3 else 'grey'}",
+            "augmentation": [*changes, "flip"] if row["flip"] else changes,
+            "files": files or "come with scikit-learn",
+        }
     console = options.console(json_file)
-    console.print(table)
+    console.print(report.facts_table(shown, "Data sets"))
     console.print(
         "`sparta data fetch NAME --root DIR` downloads the files from where their authors publish them.", soft_wrap=True
     )

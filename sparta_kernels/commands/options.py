@@ -23,6 +23,7 @@ from . import launch
 
 FAILED = 1
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+UNREAD = 141  # and for one that ended when the reader of its output had gone (SIGPIPE)
 
 
 def fraction(text: str) -> float:
@@ -198,13 +199,21 @@ def file(json_file: str | None) -> Path | None:
     return None if json_file in (None, "-") else Path(json_file)
 
 
+class _Console(Console):
+    """One whose reader may go: Rich would end the program from wherever it is, and without standard output."""
+
+    def on_broken_pipe(self) -> None:
+        """Called where the error is handled: it goes on, as with a Rich that does not know this method."""
+        raise
+
+
 def console(json_file: str | None) -> Console:
     """Where tables go: standard output, unless the JSON has it to itself."""
-    return Console(stderr=json_file == "-", highlight=False, markup=False, emoji=False, quiet=launch.here().rank > 0)
+    return _Console(stderr=json_file == "-", highlight=False, markup=False, emoji=False, quiet=launch.here().rank > 0)
 
 
 def progress_console() -> Console:
-    return Console(stderr=True, markup=False, emoji=False, quiet=launch.here().rank > 0)
+    return _Console(stderr=True, markup=False, emoji=False, quiet=launch.here().rank > 0)
 
 
 def save(json_file: str | None, content: Any) -> None:

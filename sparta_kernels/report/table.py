@@ -71,12 +71,18 @@ def evaluation_notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def facts_table(facts: Mapping[str, Any], title: str | None = None) -> Table:
-    """Nested facts as two columns, a row for each leaf: `cpu.isa  avx512`."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    """Facts as two columns, under the names of their groups: `isa  avx512` below `cpu`. It fits into 40 columns."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.title, table.title_justify, table.title_style = title, "left", "bold"
     table.add_column("fact", no_wrap=True)
     table.add_column("value", overflow="fold")
-    for name, value in _leaves("", facts):
-        table.add_row(Text(name), Text(value))
+    for group, content in facts.items():
+        if not isinstance(content, Mapping) or not content:
+            table.add_row(Text(group, "bold"), Text(_words(content)))
+            continue
+        table.add_row(Text(group, "bold"), "")
+        for name, value in _leaves("", content):
+            table.add_row(Text(f"  {name}"), Text(value))
     return table
 
 
@@ -94,10 +100,15 @@ def _plural(word: str, count: int) -> str:
     return word if count == 1 else f"{word}s"
 
 
-def _leaves(prefix: str, value: Any) -> list[tuple[str, str]]:
-    if isinstance(value, Mapping) and value:
-        inner = [_leaves(f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items()]
-        return [leaf for leaves in inner for leaf in leaves]
+def _leaves(prefix: str, content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    leaves: list[tuple[str, str]] = []
+    for key, value in content.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        leaves += _leaves(name, value) if isinstance(value, Mapping) and value else [(name, _words(value))]
+    return leaves
+
+
+def _words(value: Any) -> str:
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [(prefix, ", ".join(str(item) for item in value) or "none")]
-    return [(prefix, "none" if value is None or value == {} else str(value))]
+        return ", ".join(str(item) for item in value) or "none"
+    return "none" if value is None or value == {} else str(value)
