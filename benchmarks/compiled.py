@@ -13,7 +13,6 @@ import argparse
 import itertools
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -237,16 +236,16 @@ def _compile(work: tuple[int, int, int]) -> list[Kernel]:
     from triton.runtime import driver
 
     driver.set_active(_Target(arch))
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, dtype, case, launch in list(triton_launches(arch))[first::step]:
-            compiled = launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options)
-            cubin = Path(folder) / "kernel.cubin"
-            cubin.write_bytes(compiled.asm["cubin"])
-            (code,) = machine_code.read(cubin)
-            code.shared = compiled.metadata.shared  # what a launch asks for; the cubin does not know it
-            found.append(Kernel("triton", name, dtype, case, code))
-    return found
+    launches = list(triton_launches(arch))[first::step]
+    compiled = [
+        launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options) for *_, launch in launches
+    ]
+    codes = machine_code.read_cubins([kernel.asm["cubin"] for kernel in compiled], arch)
+    for code, kernel in zip(codes, compiled, strict=True):
+        code.shared = kernel.metadata.shared  # what a launch asks for; the cubin does not know it
+    return [
+        Kernel("triton", name, dtype, case, code) for (name, dtype, case, _), code in zip(launches, codes, strict=True)
+    ]
 
 
 def triton_kernels(archs: Sequence[int], processes: int = 2) -> list[Kernel]:

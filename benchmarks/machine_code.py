@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -145,6 +148,53 @@ def read(binary: Path) -> list[Code]:
     return codes
 
 
+def read_cubins(cubins: Sequence[bytes], arch: int) -> list[Code]:
+    """The only kernel of each of several cubins, all for one architecture: as `read` finds it, but for the addresses.
+
+    The disassembler takes longer to start than to read any kernel, so that it is given all their instructions at once.
+
+    Raises:
+        RuntimeError: there is no cuobjdump with an nvdisasm beside it, or one of them cannot read a file.
+    """
+    tool = disassembler()
+    if tool is None or not Path(tool).with_name("nvdisasm").exists():
+        raise RuntimeError("cuobjdump was not found: install a CUDA toolkit or triton")
+    codes: list[Code] = []
+    places: list[int] = []  # where each kernel begins
+    image = b""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernels"
+        for cubin in cubins:
+            file.write_bytes(cubin)
+            (code,) = _resources(_run(tool, "-res-usage", file))
+            code.arch = arch
+            codes.append(code)
+            places.append(len(image))
+            image += _section(cubin, f".text.{code.name}")
+            code.name = _demangled(code.name)
+        file.write_bytes(image)
+        # "a": with the instructions that are for one architecture alone.
+        options = ("-ndf", "-hex", "-b", f"SM{arch}a" if arch >= 90 else f"SM{arch}")
+        listing = _run(str(Path(tool).with_name("nvdisasm")), *options, file)
+    found = (_INSTRUCTION.match(line) for line in listing.splitlines())
+    for match in filter(None, found):
+        address = int(match[1], 16)
+        codes[bisect_right(places, address) - 1].instructions.append(Instruction(address, match[2], match[3]))
+    return codes
+
+
+def _section(elf: bytes, name: str) -> bytes:
+    """The content of a section of a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    count, names = struct.unpack_from("<HH", elf, 0x3C)
+    headers = [struct.unpack_from("<IIQQQQ", elf, table + 64 * i) for i in range(count)]
+    for place, *_, offset, size in headers:
+        begin = headers[names][4] + place
+        if elf[begin : elf.index(b"\0", begin)] == name.encode():
+            return elf[offset : offset + size]
+    raise RuntimeError(f"the cubin has no section {name}")
+
+
 def _resources(text: str) -> Iterator[Code]:
     arch, name = 0, ""
     for line in text.splitlines():
@@ -156,10 +206,10 @@ def _resources(text: str) -> Iterator[Code]:
             yield Code(name, arch, **{key: int(value) for key, value in match.groupdict().items()})
 
 
-def _run(tool: str, option: str, binary: Path) -> str:
-    done = subprocess.run([tool, option, str(binary)], capture_output=True, text=True, check=False)
+def _run(tool: str, *arguments: str | Path) -> str:
+    done = subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{tool} {option} {binary}: {done.stderr.strip()}")
+        raise RuntimeError(f"{tool} {' '.join(map(str, arguments))}: {done.stderr.strip()}")
     return done.stdout
 
 

@@ -77,19 +77,20 @@ if torch.cuda.is_available():
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A test of a backend on a GPU is one of those that need a GPU.
 
-    Coverage, which doubles the time, is that of a test's first case for each backend: the others add next to nothing.
+    Of those that Triton's interpreter computes, coverage is that of each test's first case: tracing doubles their time.
     """
     covers, covered = config.pluginmanager.hasplugin("_cov"), set()
     for item in items:
         computed = getattr(item, "callspec", None) and item.callspec.params.get("backend")
         if not isinstance(computed, Computed):
-            computed = None
-        elif computed.device == "cuda":
+            continue
+        if computed.device == "cuda":
             item.add_marker(pytest.mark.gpu)
-        case = item.path, getattr(item, "originalname", item.name), computed and computed.backend
-        if covers and case in covered:
-            item.add_marker("no_cover")
-        covered.add(case)
+        elif computed.backend == "triton":
+            test = item.path, getattr(item, "originalname", item.name)
+            if covers and test in covered:
+                item.add_marker("no_cover")
+            covered.add(test)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

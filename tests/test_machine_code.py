@@ -95,6 +95,8 @@ def test_without_a_disassembler(machine_code, monkeypatch):
     monkeypatch.setattr(machine_code, "disassembler", lambda: None)
     with pytest.raises(RuntimeError, match="cuobjdump was not found: install"):
         machine_code.read(Path("any"))
+    with pytest.raises(RuntimeError, match="cuobjdump was not found: install"):
+        machine_code.read_cubins([b""], 90)
 
 
 def test_a_file_that_is_no_binary(machine_code, tmp_path):
@@ -114,7 +116,7 @@ def test_what_nvcc_makes_of_a_copy(machine_code, tmp_path):
         #pragma unroll 1
           for (int i = threadIdx.x; i < n; i += blockDim.x) y[i] = x[i];
         }""")
-    for arch in (80, 90):
+    for arch in (80, 90, 100):
         cubin = tmp_path / f"{arch}.cubin"
         subprocess.run([nvcc, f"-arch=sm_{arch}", "-cubin", "-o", cubin, tmp_path / "copy.cu"], check=True)
         (code,) = machine_code.read(cubin)
@@ -123,3 +125,8 @@ def test_what_nvcc_makes_of_a_copy(machine_code, tmp_path):
         assert (code.spills, code.stack, code.local) == (0, 0, 0)
         traffic = code.traffic(itemsize=4)
         assert (traffic.elements, traffic.loaded, traffic.stored, traffic.narrow) == (4, 4.0, 4.0, 0)
+        for alike in machine_code.read_cubins([cubin.read_bytes()] * 2, arch):
+            assert [i.opcode for i in alike.instructions] == [i.opcode for i in code.instructions]
+            assert (alike.name, alike.arch, alike.registers) == (code.name, arch, code.registers)
+            assert alike.traffic(itemsize=4) == traffic
+            assert len(alike.main_loop) == len(code.main_loop)
