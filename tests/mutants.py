@@ -200,7 +200,7 @@ FAULTS = [
         f"{ATTACK}/rewrite.py",
         "        return node is last\n",
         "        return True\n",
-        SAME_FUNCTION,
+        f"{SAME_FUNCTION}::test_a_sum_is_not_made_after_its_parts_are_overwritten",
     ),
     Fault(
         "settings-restored",

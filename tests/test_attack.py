@@ -7,59 +7,26 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from attack_case import CLASSES, SETTINGS, Net, images_and_labels, network
 from torch import nn
 
 from sparta_kernels import reference
 from sparta_kernels.attack import PRESETS, pgd, preset
 
-CLASSES = 5
-SETTINGS = {"eps": 16 / 255, "step_size": 2 / 255, "steps": 6}
-
-
-class Net(nn.Module):
-    """A small network with batch normalisation, whose forward passes can be counted and made to fail."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.conv2, self.linear = nn.Conv2d(8, 8, 3, stride=2), nn.Linear(8, CLASSES, bias=False)
-        self.calls = 0
-        self.grads: list[bool] = []
-        self.frozen: list[bool] = []
-        self.fail_at: int | None = None
-        self.failure: BaseException = RuntimeError("planted")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        self.grads.append(torch.is_grad_enabled() and x.requires_grad)
-        self.frozen.append(not any(p.requires_grad for p in self.parameters()))
-        if self.calls == self.fail_at:
-            raise self.failure
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return 8 * self.linear(self.conv2(x).amax((2, 3)))
-
 
 @pytest.fixture
 def model() -> Net:
-    torch.manual_seed(0)
-    net = Net()
-    net.train()
-    with torch.no_grad():  # statistics and weights that are not the trivial ones
-        net(torch.rand(16, 3, 9, 7))
-        net.bn1.weight.uniform_(0.5, 1.5)
-    net.calls = 0
-    net.grads, net.frozen = [], []
-    return net.eval()
+    return network()
 
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return torch.rand(10, 3, 9, 7, generator=torch.Generator().manual_seed(1))
+    return images_and_labels()[0]
 
 
 @pytest.fixture
 def labels() -> torch.Tensor:
-    return torch.arange(10) % CLASSES
+    return images_and_labels()[1]
 
 
 def by_hand(model, images, goal, start, *, eps, step_size, steps, targeted=True):

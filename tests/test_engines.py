@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attack_case import pretend_graphs
 from prepare_case import images_of, settle, step
 from torch import nn
 
@@ -41,38 +42,9 @@ def assert_same_attack(got, wanted):
 # ---- a CUDA graph, pretended -------------------------------------------------------------------------------
 
 
-class Recorded:
-    """In `engines.Capture`'s place on a CPU: what was captured runs again, and its results go where they went first.
-
-    Like a graph it is told nothing afterwards: what it reads are the tensors that it read first.
-    """
-
-    captures = 0
-
-    def __init__(self, device):
-        type(self).captures += 1
-
-    def warm_up(self, run):
-        run()
-
-    def __call__(self, run):
-        outputs = tuple(tensor.clone() for tensor in run())
-
-        def replay():
-            for kept, now in zip(outputs, run(), strict=True):
-                kept.copy_(now)
-            return outputs
-
-        return replay
-
-
 @pytest.fixture
 def graphs(monkeypatch):
-    """Attacks on a CPU may ask for the engine "graph"."""
-    Recorded.captures = 0
-    monkeypatch.setattr(engines, "Capture", Recorded)
-    monkeypatch.setattr(engines, "choose", lambda engine, model, device: engines.Engine(engine, "asked for"))
-    return Recorded
+    return pretend_graphs(monkeypatch)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -125,7 +97,7 @@ def test_what_cannot_be_captured_falls_back_with_the_reason(model, graphs, monke
     def refuse(self, run):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(Recorded, "__call__", refuse)
+    monkeypatch.setattr(graphs, "__call__", refuse)
     prepared = prepare(model)
     wanted = attacked(prepared, engine="eager")
     with pytest.raises(ValueError, match=r"^pgd: engine must be .*cannot be captured \(operation not permitted"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attack import SETTINGS, images, labels, model  # noqa: F401  the fixtures
+from attack_case import SETTINGS, Net, images_and_labels, network
 from torch import nn
 
 from sparta_kernels.attack import perturb, pgd, prepare
@@ -13,8 +13,23 @@ from sparta_kernels.attack import perturb, pgd, prepare
 WEAK = {"eps": 12 / 255, "step_size": 4 / 255, "steps": 3, "report_at": [1, 3], "seed": 11}
 
 
+@pytest.fixture
+def model() -> Net:
+    return network()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return images_and_labels()[0]
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    return images_and_labels()[1]
+
+
 @pytest.mark.parametrize("targeted", [True, False])
-def test_restarts_give_the_worst_case(model, images, labels, targeted):  # noqa: F811
+def test_restarts_give_the_worst_case(model, images, labels, targeted):
     labels = model(images).argmax(1)  # right at first, so that every restart has something to do
     model.linear.weight.data /= 8
     options = {**WEAK, "targeted": targeted}
@@ -39,14 +54,14 @@ def test_restarts_give_the_worst_case(model, images, labels, targeted):  # noqa:
         assert found.hits == {}
 
 
-def test_restarts_know_the_last_iterate_unasked(model, images, labels):  # noqa: F811
+def test_restarts_know_the_last_iterate_unasked(model, images, labels):
     found = pgd(model, images, labels, **{**WEAK, "report_at": [1]}, restarts=3)
     whole = pgd(model, images, labels, **WEAK, restarts=3)
     assert list(found.predictions) == list(found.hits) == [1]
     assert torch.equal(found.adversarial, whole.adversarial)
 
 
-def test_progress_over_restarts(model, images, labels):  # noqa: F811
+def test_progress_over_restarts(model, images, labels):
     seen = []
     pgd(model, images, labels, **WEAK, restarts=3, progress=seen.append)
     assert seen == list(range(12))
@@ -61,13 +76,13 @@ def test_progress_over_restarts(model, images, labels):  # noqa: F811
         ("restart", 2**24 - 1, ValueError),
     ],
 )
-def test_wrong_restarts(model, images, labels, name, value, error):  # noqa: F811
+def test_wrong_restarts(model, images, labels, name, value, error):
     with pytest.raises(error, match=f"^pgd: {name} must be "):
         pgd(model, images, labels, **SETTINGS, **{"restarts": 2, name: value})
     assert model.calls == 0
 
 
-def test_images_alone_take_a_pass_less(model, images, labels):  # noqa: F811
+def test_images_alone_take_a_pass_less(model, images, labels):
     wanted = pgd(model, images, labels, **SETTINGS, seed=2, restart=9).adversarial
     model.calls = 0
     found = perturb(model, images, labels, **SETTINGS, seed=2, restart=9)
@@ -93,7 +108,7 @@ def count_passes(prepared):
     return passes
 
 
-def test_the_passes_of_a_precision(images, labels):  # noqa: F811
+def test_the_passes_of_a_precision(images, labels):
     class Plain(nn.Module):
         def __init__(self):
             super().__init__()
@@ -116,7 +131,7 @@ def test_the_passes_of_a_precision(images, labels):  # noqa: F811
     assert steps.max() <= SETTINGS["eps"] * 255 + 1e-3
 
 
-def test_the_precision_is_the_prepared_models(model, images, labels):  # noqa: F811
+def test_the_precision_is_the_prepared_models(model, images, labels):
     prepared = prepare(model, precision="bf16")
     alike = pgd(prepared, images, labels, **SETTINGS, precision="bf16")
     assert torch.equal(pgd(prepared, images, labels, **SETTINGS).losses, alike.losses)
@@ -147,7 +162,7 @@ class Explodes(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("attack", [pgd, perturb])
-def test_gradients_that_are_not_finite_are_no_robustness(images, labels, attack):  # noqa: F811
+def test_gradients_that_are_not_finite_are_no_robustness(images, labels, attack):
     with pytest.raises(ValueError, match=r"model must have finite gradients, got NaN or infinity"):
         attack(Returns(Explodes.apply).eval(), images, labels, **SETTINGS)
 
@@ -164,7 +179,7 @@ def test_gradients_that_are_not_finite_are_no_robustness(images, labels, attack)
         (lambda y: y.argmax(1, keepdim=True).expand(-1, 2), "floating point logits"),
     ],
 )
-def test_models_that_are_refused(images, labels, function, words, prepared):  # noqa: F811
+def test_models_that_are_refused(images, labels, function, words, prepared):
     net = Returns(function).eval()
     with pytest.raises(ValueError, match=f"^pgd: model must return .*{words}"):
         pgd(prepare(net) if prepared else net, images, labels, **SETTINGS)
