@@ -114,6 +114,20 @@ def test_download(server, tmp_path):
     assert not fetch.is_there(_file(), tmp_path)
 
 
+def test_two_at_once(server, tmp_path):
+    """Both would append to one file, which then is not what was published, and is removed."""
+    refused = []
+
+    def second(*_):
+        with pytest.raises(BlockingIOError, match=rf"a\.bin is in use by process {os.getpid()} on") as error:
+            fetch.download(_file(), tmp_path)
+        refused.append(error)
+
+    fetch.download(_file(), tmp_path, second)
+    assert refused
+    assert _whole(tmp_path) == ["a.bin"]
+
+
 def test_a_lost_connection_is_made_again(server, tmp_path):
     server.how = {"cuts": [100_000, 250_000]}
     fetch.download(_file(), tmp_path)

@@ -290,6 +290,7 @@ def test_foreign_and_altered_files(path, stored):
     cases = [
         (tensors, None, "not written by"),
         (tensors, {"format": "pt"}, "not written by"),
+        (tensors, header | {"format": "sparta_kernels checkpoint 2"}, "of another version .*checkpoint 2'"),
         (tensors, {"format": header["format"]}, "description is damaged"),
         (tensors, header | {"metadata": "{"}, "description is damaged"),
         (tensors, header | {"metadata": "[]"}, "description is damaged"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..claims import claimed
 from .dataset import DataError
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -142,28 +143,30 @@ def download(file: File, root: str | os.PathLike[str], on_progress: OnProgress |
 
     Raises:
         DataError: the server cannot be reached, refuses, or sends something else; the message says what is kept.
+        BlockingIOError: another process is downloading it; the message tells which.
         OSError: it cannot be written.
     """
     path, part = Path(root) / file.name, part_of(file, root)
-    for attempt in range(TRIES):
-        try:
-            _transfer(file, part, on_progress or (lambda *_: None))
-            break
-        except _BrokenOff as error:
-            if attempt + 1 == TRIES or not error.moved:
-                raise DataError(f"{file.url}: {error}; {kept(file, root)}") from error
-        except OSError as error:
-            if isinstance(error, DataError) or error.errno is None:
-                raise
-            raise OSError(f"cannot write {part}: {error.strerror}; {kept(file, root)}") from error
-    if part.stat().st_size != file.size or _sha256(part) != file.sha256:
+    with claimed(path):
+        for attempt in range(TRIES):
+            try:
+                _transfer(file, part, on_progress or (lambda *_: None))
+                break
+            except _BrokenOff as error:
+                if attempt + 1 == TRIES or not error.moved:
+                    raise DataError(f"{file.url}: {error}; {kept(file, root)}") from error
+            except OSError as error:
+                if isinstance(error, DataError) or error.errno is None:
+                    raise
+                raise OSError(f"cannot write {part}: {error.strerror}; {kept(file, root)}") from error
+        if part.stat().st_size != file.size or _sha256(part) != file.sha256:
+            _discard(part)
+            raise DataError(
+                f"{file.url}: what arrived is not {file.name}: its sha256 is not {file.sha256[:12]}...; it was "
+                "removed: try again, or another --url"
+            )
+        os.replace(part, path)
         _discard(part)
-        raise DataError(
-            f"{file.url}: what arrived is not {file.name}: its sha256 is not {file.sha256[:12]}...; it was removed: "
-            "try again, or another --url"
-        )
-    os.replace(part, path)
-    _discard(part)
     return path
 
 

@@ -174,7 +174,10 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _metadata(path: Path, header: dict[str, str]) -> dict[str, Any]:
-    if header.get("format") != FORMAT:
+    given = header.get("format", "")
+    if given != FORMAT and given.startswith(FORMAT.rstrip("0123456789")):
+        raise CheckpointError(f"checkpoint {path}: of another version of this package: {given!r}, here {FORMAT!r}")
+    if given != FORMAT:
         raise CheckpointError(f"checkpoint {path}: a safetensors file, but not written by `sparta train`")
     try:
         metadata = json.loads(header["metadata"])
