@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparta_kernels import AttentionWeights, sparta_attention
-from sparta_kernels.backends import extension, native
+from sparta_kernels.backends import extension, native_attention
 from sparta_kernels.ops.attention import pack
 
 FIELDS = AttentionWeights._fields
@@ -181,7 +181,7 @@ def check_attention(case: ActivationCase, backend: str) -> None:
     rooms, sizes_of, grad_sizes = _with_gradients(x.double().abs(), sizes, masks, [g.double().abs() for g in incoming])
 
     result = _RESULT[case.work]
-    rounded = result + 2 * _OPERAND[native._product_dtype(case.dtype)]  # by operands that are not what x can hold
+    rounded = result + 2 * _OPERAND[native_attention._product_dtype(case.dtype)]  # operands may be rounded more than x
     units = (result, result, rounded)
     for name, passing, total, size, unit in zip("136", masks, sums, rooms, units, strict=False):
         wrong = (passing != (total > 0)) & (total.abs() > unit * size)

@@ -177,7 +177,13 @@ FAULTS = [
             (SUMS, "ops/attention.py", "skip", "gx if needs_skip else None", "None"),
             (CALLS, "ops/attention_kernels.py", "version", "increment_version(x)  # so", "pass  # so"),
             (CALLS, "ops/attention.py", "twice", "backward_of_sum(gy, gy2,", "backward_of_sum(gy, gy,"),
-            (ATTENTION, "backends/native.py", "padded", "[i * padded : i * padded + part.numel()]", "[: part.numel()]"),
+            (
+                ATTENTION,
+                "backends/native_attention.py",
+                "padded",
+                "[i * padded : i * padded + part.numel()]",
+                "[: part.numel()]",
+            ),
             (WHOLE, "nn/frozen.py", "gamma", "scale = scale * norm.weight", "pass"),
             (WHOLE, "nn/whole.py", "hooks", " or any(has_hooks(layer) for layer in sparta.children())", ""),
             (WHOLE, "nn/whole.py", "stride", "conv.stride == (1, 1) and ", ""),
@@ -211,7 +217,7 @@ FAULTS = [
     ),
     Fault(
         "default-device",
-        "sparta_kernels/backends/native.py",
+        "sparta_kernels/backends/native_attention.py",
         "dtype=dtype, device=weights.w4.device)",
         "dtype=dtype)",
         "tests/test_attention_calls.py",

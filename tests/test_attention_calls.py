@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparta_kernels import AttentionWeights, backends, sparta_activation, sparta_attention, use_backend
-from sparta_kernels.backends import extension, native, products
+from sparta_kernels.backends import extension, native, native_attention, products
 from sparta_kernels.nn import Sparta
 from sparta_kernels.ops import attention, attention_gradients
 from sparta_kernels.ops.attention import activate, pack
@@ -264,7 +264,7 @@ def test_bfloat16_without_its_products_takes_float32s(cpu_backend, monkeypatch):
 def test_odd_channels_in_bfloat16_with_and_without_onednn(cpu_backend, channels, enabled):
     with torch.backends.mkldnn.flags(enabled=enabled):
         fast = extension.kernels.isa() == "avx512_bf16" and enabled and torch.bfloat16 in products.available()
-        assert native._product_dtype(torch.bfloat16) == (torch.bfloat16 if fast else torch.float32)
+        assert native_attention._product_dtype(torch.bfloat16) == (torch.bfloat16 if fast else torch.float32)
         for stored in ("contiguous", "channels_last"):
             check_attention(ActivationCase((3, channels, 7, 7), 17, torch.bfloat16, stored), cpu_backend)
 

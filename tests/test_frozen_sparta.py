@@ -12,7 +12,7 @@ from sparta_case import SHAPE, WHOLE, build, features
 from torch import Tensor, nn
 
 from sparta_kernels import use_backend
-from sparta_kernels.backends import native
+from sparta_kernels.backends import native, native_attention
 from sparta_kernels.nn import Sparta
 from sparta_kernels.nn.frozen import Form
 from sparta_kernels.nn.frozen_sparta import FrozenSparta
@@ -243,7 +243,7 @@ def test_a_change_of_dtype_reaches_the_packed_weights(monkeypatch):
     frozen(features(*SHAPE, dtype=torch.float32))
 
     def checked(x: Tensor, packed: list[Tensor], *rest: object) -> object:
-        assert native._Packed(*packed).b13.dtype == x.dtype  # or the kernel would read behind their end
+        assert native_attention._Packed(*packed).b13.dtype == x.dtype  # or the kernel would read behind their end
         return forward(x, packed, *rest)
 
     monkeypatch.setattr(native, "attention_forward", checked)
