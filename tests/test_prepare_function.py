@@ -151,3 +151,14 @@ def test_the_check_leaves_modes_alone():
     assert (model.training, model.norm.training) == (True, False)
     assert torch.equal(model.norm.running_mean, before)
     assert prepared.report.left == {}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is deprecated, and still in use
+@pytest.mark.parametrize("compiled", ["script", "trace"])
+@pytest.mark.parametrize("part", ["model", "module of it"])
+def test_what_torch_jit_has_compiled_stays_whole(compiled, part):
+    net = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    net = torch.jit.script(net) if compiled == "script" else torch.jit.trace(net, images_of())
+    model = net if part == "model" else nn.Sequential(net, nn.Linear(8, 4)).eval()
+    prepared = assert_same_function(model, images_of())
+    assert prepared.report.left == {"" if part == "model" else "0": "it is compiled by torch.jit"}

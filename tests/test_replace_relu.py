@@ -309,6 +309,28 @@ def test_a_model_that_computes_something_else_stays_as_it_was():
     assert torch.equal(model(x), want)
 
 
+def test_a_model_that_fails_with_other_relus_stays_as_it_was():
+    class Optional(nn.Module):
+        """Asks whether it was given a second argument, which torch.fx has always given it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return F.relu(self.conv(x if mask is None else x * mask))
+
+    model, x = Optional(), torch.rand(2, 3, 8, 8)
+    want = model(x)
+    with pytest.raises(
+        ValueError, match=r"model must run with other ReLUs at act1, but fails \(TypeError: unsupported"
+    ):
+        replace_relu(model, where=lambda name, channels: True)
+    assert type(model) is Optional
+    assert [name for name, _ in model.named_children()] == ["conv"]
+    assert torch.equal(model(x), want)
+
+
 def test_a_relu_called_with_two_numbers_of_channels_is_left():
     class Twice(nn.Module):
         def __init__(self) -> None:

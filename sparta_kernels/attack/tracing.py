@@ -60,6 +60,9 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.whole or hasattr(type(m), "prepare_for_attack"):
             return True
+        if isinstance(m, torch.jit.ScriptModule):
+            self.whole[module_qualified_name] = "it is compiled by torch.jit"
+            return True
         if super().is_leaf_module(m, module_qualified_name):
             return True
         if has_hooks(m):
@@ -102,7 +105,8 @@ def trace(model: nn.Module, whole: dict[str, str]) -> tuple[fx.Graph, dict[str, 
         twin = _Caller(_twin(model, {}))
         tracer = _Tracer(whole)
         graph = tracer.trace(twin)
-        stored = {name: "it stores what it computes" for name, part in twin.named_modules() if holds_proxies(part)}
+        parts = [each for each in twin.named_modules() if not isinstance(each[1], torch.jit.ScriptModule)]
+        stored = {name: "it stores what it computes" for name, part in parts if holds_proxies(part)}
         if any(writes_input(node, {}) and _unknown_memory(first_input(node)) for node in graph.nodes):
             stored[ROOT] = "it writes into tensors that it makes, or into one in another shape"
         if not stored.keys() - whole.keys():

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .activations import make_activation
 from .frozen import has_hooks
 from .relu_calls import ReluCall, groups, observe
-from .traced_forward import Untraceable, call_own_modules
+from .traced_forward import Untraceable, call_own_modules, first_line
 
 _SIZES = (32, 64, 224, 299)  # of the images that a model is tried with
 _SHOWN = 12  # of the ReLUs that a printed report lists as not asked for
@@ -306,7 +306,14 @@ def _register(parent: nn.Module, key: str, module: nn.Module | None) -> None:
 
 def _check_same(model: nn.Module, images: Tensor, before: Any, sites: list[_Site]) -> None:
     """Whether the network, with other ReLUs at the sites, calls these and returns what it did."""
-    calls, after = observe(model, images)
+    names = ", ".join(site.name for site in sites)
+    try:
+        calls, after = observe(model, images)
+    except Exception as error:  # a branch on an argument's default, for one: torch.fx has seen a tensor in its place
+        raise ValueError(
+            f"replace_relu: model must run with other ReLUs at {names}, but fails ({type(error).__name__}: "
+            f"{first_line(error)}): it may decide by what torch.fx cannot see; ask for other ones with where"
+        ) from error
     called = {call.module for call in calls}
     unused = [site.name for site in sites if site.slots[0][0]._modules[site.slots[0][1]] not in called]
     if unused:
@@ -315,7 +322,6 @@ def _check_same(model: nn.Module, images: Tensor, before: Any, sites: list[_Site
         )
     pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
     if not all(_close(a, b) for a, b in pairs if isinstance(a, Tensor)):
-        names = ", ".join(site.name for site in sites)
         raise ValueError(
             f"replace_relu: model must compute the same with other ReLUs at {names}, but does not: it may rely on a "
             "ReLU that writes into its input, or decide by what torch.fx cannot see; ask for other ones with where"
