@@ -65,10 +65,16 @@ def test_table_fits_and_shows_every_row(document):
     row = document["results"][0]
     row.update(clean_error=0.0306, errors={"10": 0.5, "30": 0.6, "50": 1.0}, target_success={"50": 0.25})
     row.update(images_per_second=123.4, peak_memory=410_000_000)
-    console.print(report.evaluation_table([row], "a title"))
+    console.print(report.evaluation_table([row], "a title", console.width))
     text = console.export_text()
     assert "target" in text
-    for cell in ("a title", "PGD-30", "plain", "auto (native)", "3.1%", "100.0%", "25.0%", "123", "410 MB"):
+    cells = ("PGD-30", "3.1%", "100.0%", "25.0%", "123", "410 MB")
+    for cell in ("a title", "plain", "auto (native)", *cells):
+        assert cell in text, cell
+    console = Console(width=40, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report.evaluation_table([row, row], "a title", console.width))
+    text = console.export_text()
+    for cell in ("a title", "network 1", "network 2", "plain", "auto (native)", "images/s", *cells):
         assert cell in text, cell
     console.print(report.facts_table({"a": {"b": [1, 2], "e": {"f": 3}}, "c": None, "d": {}}))
     lines = [line.rstrip() for line in console.export_text().splitlines()]

@@ -226,7 +226,7 @@ def _show(document: dict[str, Any], json_file: str | None, plot: Path | None) ->
             report.plot_losses(plot, document)
     finally:
         console, results = options.console(json_file), document["results"]
-        console.print(report.evaluation_table(results, report.evaluation_title(document["settings"])))
+        console.print(report.evaluation_table(results, report.evaluation_title(document["settings"]), console.width))
         for line in report.evaluation_notes(results):
             console.print(line, soft_wrap=True)
 
@@ -339,7 +339,7 @@ class _Display:
             if self._bars.console.is_terminal:
                 self._bars.start()
             size, reason = progress.batch
-            self._bars.console.print(f"batches of {size} images ({reason})", highlight=False)
+            self._bars.console.print(f"batches of {size} images ({reason})", highlight=False, soft_wrap=True)
         self.images = progress.images
         state = ""
         if progress.clean_error is not None and progress.robust_error is not None:

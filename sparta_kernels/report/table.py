@@ -6,31 +6,51 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 
-def evaluation_table(results: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """One row for each checkpoint and backend in an evaluation's results: errors, speed and memory."""
+def evaluation_table(results: Sequence[Mapping[str, Any]], title: str | None = None, width: int | None = None) -> Table:
+    """One row for each checkpoint and backend in an evaluation's results: errors, speed and memory.
+
+    Where `width` columns are too few for every number, a block of lines for each instead.
+    """
     iterates = list(results[0]["errors"])
     # Tight, and headings on two lines: the table has to fit into 80 columns.
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.collapse_padding, table.pad_edge = True, False
-    table.add_column("model", overflow="fold")
-    table.add_column("backend", no_wrap=True)
-    for heading in ("clean", *(f"PGD-{k}" for k in iterates), "target\nhit", "images\n/s", "memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in results:
-        table.add_row(
-            Text(str(row["model"])),  # not what Rich would read into it: a name may have brackets
-            Text(str(row["backend"])),
+    headings = ("clean", *(f"PGD-{k}" for k in iterates), "target\nhit", "images\n/s", "memory")
+    names = [(str(row["model"]), str(row["backend"])) for row in results]
+    numbers = [
+        (
             percent(row["clean_error"]),
             *(percent(row["errors"][k]) for k in iterates),
             percent(row["target_success"][iterates[-1]]) if row["target_success"] else "n/a",
             "n/a" if row["images_per_second"] is None else f"{row['images_per_second']:.0f}",
             megabytes(row["peak_memory"]),
         )
-    return table
+        for row in results
+    ]
+
+    def table(folded: int | None) -> Table:
+        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        table.collapse_padding, table.pad_edge = True, False
+        table.add_column("model", overflow="fold")
+        table.add_column("backend", no_wrap=True)
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for (model, backend), cells in zip(names, numbers, strict=True):
+            # Text, not what Rich would read into it: a name may have brackets.
+            table.add_row(Text(model[:folded]), Text(backend), *cells)
+        return table
+
+    if width is None or Console(width=1000).measure(table(folded=8)).maximum <= width:
+        return table(folded=None)
+    plain = ["model", "backend", *(heading.replace("\n/", "/").replace("\n", " ") for heading in headings)]
+    blocks = {
+        f"network {number}": dict(zip(plain, (*name, *cells), strict=True))
+        for number, (name, cells) in enumerate(zip(names, numbers, strict=True), 1)
+    }
+    return facts_table(blocks, title)
 
 
 def evaluation_title(settings: Mapping[str, Any]) -> str:
