@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import time
+import warnings
 import weakref
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from sparta_kernels import use_backend
-from sparta_kernels.attack import Prepared, prepare
+from sparta_kernels.attack import Prepared, perturb, prepare
 from sparta_kernels.nn import resnet18
 
 # ---- what was done, and what was left ------------------------------------------------------------------------
@@ -297,3 +298,35 @@ def test_it_stays_as_it_was_prepared():
     assert prepared.eval() is prepared
     with pytest.raises(RuntimeError, match="cannot be moved"):
         prepared.double()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_attack_on_a_stale_view_warns(precision):
+    model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 14), nn.Flatten()))
+    images, labels = images_of(), torch.zeros(len(images_of()), dtype=torch.int64)
+    prepared = prepare(model, precision=precision)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+
+    def attacked():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            perturb(prepared, images, labels, eps=0.1, step_size=0.1, steps=1)
+        return [(str(each.message), each.filename) for each in caught]
+
+    assert attacked() == []
+    model(images).square().sum().backward()
+    assert attacked() == []
+    optimiser.step()
+    assert prepared.stale
+    ((message, file),) = attacked()
+    assert "call refresh()" in message
+    assert file == __file__
+    prepared.refresh()
+    assert attacked() == []
+    model.train()(images)  # new statistics
+    model.eval()
+    assert len(attacked()) == 1
+    model.load_state_dict(prepared.state_dict())
+    prepared.load_state_dict(model.state_dict())
+    assert not prepared.stale
+    assert attacked() == []

@@ -243,6 +243,11 @@ def begin(
     reason = None
     if isinstance(model, Prepared):
         model.check(images)
+        if model.stale:
+            message = (
+                "pgd: the model's weights have changed since it was prepared: call refresh() on the prepared model"
+            )
+            warnings.warn(message, stacklevel=4)
         reason = model.captured.get("refused") if engine.name == "graph" else None
     if reason is None:
         chosen = runner(engine, model, step)

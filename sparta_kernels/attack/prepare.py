@@ -81,6 +81,7 @@ class Prepared(nn.Module):
         precision: as given to `prepare`.
         memory_format: in which the network takes the images.
         report: what was done to the model, what was left alone, and why.
+        stale: whether the model has changed since the last `refresh`; an attack warns about that.
     """
 
     def __init__(self, model: nn.Module, precision: str) -> None:
@@ -89,6 +90,7 @@ class Prepared(nn.Module):
         self._model = (model,)  # in a tuple: its parameters are not this module's
         self.captured: dict[str, Any] = {}  # what engines make of the network, to be used again
         self._checked = False
+        self._versions: list[int] = []
         # In another precision a second view gives the predictions that are reported.
         self._exact = () if precision == "fp32" else (Prepared(model, "fp32"),)
         self._build(None)
@@ -103,6 +105,7 @@ class Prepared(nn.Module):
         self.network, self._constants, self.report = made.network, made.constants, made.report
         self.memory_format = made.form.memory_format
         self.captured.clear()
+        self._versions = _versions(self.model)
 
     @property
     def model(self) -> nn.Module:
@@ -158,6 +161,12 @@ class Prepared(nn.Module):
         refresh_constants(self._constants)
         for exact in self._exact:
             exact.refresh()
+        self._versions = _versions(self.model)
+
+    @property
+    def stale(self) -> bool:
+        """Whether the model's weights or statistics were written to since the last `refresh` (but through `.data`)."""
+        return _versions(self.model) != self._versions
 
     def addresses(self) -> list[int]:
         """The addresses of the network's tensors: a captured graph is valid for these alone."""
@@ -225,6 +234,17 @@ def _difference(network: nn.Module, model: nn.Module, images: Tensor, layout: to
         if a.shape != b.shape or not (a - b).norm() <= allowed * b.norm() + 3 * (c - b).norm():
             return f"its {name} are not those that its parts compute when they are traced"
     return None
+
+
+def _versions(model: nn.Module) -> list[int]:
+    """How often each of the model's weights and statistics was written to, as autograd counts it."""
+    # A BatchNorm's kernel writes its statistics unseen, but the batches are counted by an ordinary operation. What
+    # other integers a model may count in says nothing.
+    return [
+        tensor._version
+        for name, tensor in chain(model.named_parameters(), model.named_buffers())
+        if (tensor.is_floating_point() or name.endswith("num_batches_tracked")) and not tensor.is_inference()
+    ]
 
 
 def _memory_format(device: torch.device | None, precision: str) -> torch.memory_format:
