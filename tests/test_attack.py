@@ -315,6 +315,12 @@ def test_wrong_arguments(model, images, labels, name, value, error):
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+def test_16_bit_images_are_refused_with_a_way_to_say_it(model, images, labels, dtype, precision):
+    with pytest.raises(TypeError, match=rf"got {dtype} \(a lower precision .*: precision='{precision}'\)$"):
+        pgd(model, images.to(dtype), labels, **SETTINGS)
+
+
 def test_targets_of_an_untargeted_attack(model, images, labels):
     with pytest.raises(ValueError, match="targets must be None"):
         pgd(model, images, labels, **SETTINGS, targeted=False, targets=(labels + 1) % CLASSES)

@@ -22,15 +22,19 @@ from sparta_kernels.nn import resnet18
 # ---- what was done, and what was left ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("activation", "relus", "own"), [("relu", 17, 0), ("sparta", 13, 4)])
-def test_everything_in_a_resnet_is_fused(activation, relus, own):
-    prepared = prepare(settle(resnet18(activation=activation, width=8)))
+@pytest.mark.parametrize(
+    ("activation", "sites", "relus", "own"),
+    [("relu", "G1234.B2", 17, 0), ("sparta", "G1234.B2", 13, 4), ("sparta", "G4.B2", 16, 1)],
+)
+def test_everything_in_a_resnet_is_fused(activation, sites, relus, own):
+    prepared = prepare(settle(resnet18(activation=activation, sites=sites, width=8)))
     report = prepared.report
     assert (len(report.folded), report.relus, report.sums, len(report.prepared)) == (20, relus, 8, own)
     assert report.left == {}
     assert ("layer1.0.bn1", "layer1.0.conv1") in report.folded
     assert not any(isinstance(m, (nn.BatchNorm2d, nn.ReLU, nn.Conv2d)) for m in prepared.modules())
-    assert "20 BatchNorms folded" in str(report)
+    parts = "1 module" if own == 1 else f"{own} modules"
+    assert str(report) == f"20 BatchNorms folded, {relus} ReLUs and 8 sums fused, {parts} prepared by themselves"
 
 
 def test_a_torchvision_resnet_is_fused_too():

@@ -254,6 +254,18 @@ def test_plain_networks_want_a_function():
     ]
 
 
+def test_relu6_is_named_but_not_replaced():
+    """A MobileNet has little else, and whoever asks for its ReLUs should hear of it."""
+    kinds = [nn.ReLU6, nn.ReLU, *[nn.ReLU6] * 13]
+    model = nn.Sequential(*(part for kind in kinds for part in (nn.Conv2d(3, 3, 1), kind())))
+    report = replace_relu(model, "maxout", lambda name, channels: True, example=images(1, 3, 9, 9))
+    assert names(report) == ["3"]
+    assert set(report.left.values()) == {"it is a ReLU6, not a ReLU"}
+    assert [type(part) for part in model[1::2]].count(nn.ReLU6) == 14
+    first = ", ".join(map(str, [1, *range(5, 27, 2)]))
+    assert str(report).splitlines()[2:] == [f"left: {first} and 2 more: it is a ReLU6, not a ReLU"]
+
+
 # ---- what cannot be replaced ----------------------------------------------------------------------------------------
 
 

@@ -75,7 +75,9 @@ def images(where: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: images must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{where}: images must be float32 or float64 in [0, 1], got {value.dtype}")
+        lower = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(value.dtype)
+        hint = f" (a lower precision of the gradients alone: precision={lower!r})" if lower else ""
+        raise TypeError(f"{where}: images must be float32 or float64 in [0, 1], got {value.dtype}{hint}")
     if value.ndim != 4 or 0 in value.shape[1:]:
         raise ValueError(f"{where}: images must have shape (N, C, H, W) with C, H, W >= 1, got {tuple(value.shape)}")
     if value.numel():

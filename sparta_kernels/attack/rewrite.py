@@ -54,10 +54,14 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.folded)} BatchNorms folded, {self.relus} ReLUs and {self.sums} sums fused, "
-            f"{len(self.prepared)} modules prepared by themselves"
+            f"{_counted(len(self.folded), 'BatchNorm')} folded, {_counted(self.relus, 'ReLU')} and "
+            f"{_counted(self.sums, 'sum')} fused, {_counted(len(self.prepared), 'module')} prepared by themselves"
         ]
         return "\n".join([*lines, *(f"left alone: {name or 'the model'}: {why}" for name, why in self.left.items())])
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 Constants = list[tuple[nn.Parameter, nn.Parameter]]  # a constant parameter, and the model's that it is made of

@@ -37,8 +37,10 @@ def configure(context: typer.Context, path: Path | None) -> Path | None:
         known = [name for name in parameters if name not in _NOT_CONFIGURED]
         try:
             entries = training.read_config(path, known)
-        except (training.ConfigError, OSError) as error:
+        except training.ConfigError as error:
             raise typer.BadParameter(str(error)) from error
+        except OSError as error:
+            raise typer.BadParameter(f"cannot read {path}: {error.strerror}") from error
         types = get_type_hints(context.command.callback)
         for name, value in entries.items():
             words, kinds = _KINDS.get(types[str(parameters[name])], _TEXT)

@@ -18,9 +18,10 @@ from .relu_calls import ReluCall, groups, observe
 from .traced_forward import Untraceable, call_own_modules, first_line
 
 _SIZES = (32, 64, 224, 299)  # of the images that a model is tried with
-_SHOWN = 12  # of the ReLUs that a printed report lists as not asked for
+_SHOWN = 12  # of the ReLUs that a printed report lists under one reason
 _WHERE = ("last-of-group", "last-of-block")
 _NOT_ASKED_FOR = "not asked for"
+_IS_RELU6 = "it is a ReLU6, not a ReLU"
 _MARK = "stands_for_a_relu"  # of the modules that were put into a model
 
 
@@ -46,7 +47,7 @@ class Replacement:
     Attributes:
         activation: as given.
         replaced: the ReLUs that were replaced, in the order of execution.
-        left: the other ReLUs by name, and why each was left.
+        left: the other ReLUs (and ReLU6s) by name, and why each was left.
         parameters: how many parameters the model has gained.
     """
 
@@ -60,11 +61,12 @@ class Replacement:
         lines = [f"{relus} replaced by {self.activation} (+{self.parameters:,} parameters), {len(self.left)} left"]
         width = max((len(each.name) for each in self.replaced), default=0)
         lines += [f"  {each.name:{width}}  {each.channels:5} channels, was {each.was}" for each in self.replaced]
-        others = [name for name, why in self.left.items() if why == _NOT_ASKED_FOR]
-        if others:
-            more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-            lines.append(f"left, {_NOT_ASKED_FOR}: {', '.join(others[:_SHOWN])}{more}")
-        lines += [f"left: {name}: {why}" for name, why in self.left.items() if why != _NOT_ASKED_FOR]
+        for why in dict.fromkeys((_NOT_ASKED_FOR, *self.left.values())):
+            names = [name for name, reason in self.left.items() if reason == why]
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            shown = ", ".join(names[:_SHOWN]) + more
+            if names:
+                lines.append(f"left, {why}: {shown}" if why == _NOT_ASKED_FOR else f"left: {shown}: {why}")
         return "\n".join(lines)
 
 
@@ -114,6 +116,7 @@ def replace_relu(
     images, (calls, output) = _observed(model, example)
     sites = _sites(model, calls)
     chosen = _chosen(model, sites, where)
+    relu6 = {name: _IS_RELU6 for name, part in model.named_modules() if type(part) is nn.ReLU6}
     left = {site.name: site.why_not or _NOT_ASKED_FOR for site in sites if site.why_not or site not in chosen}
     made = {site: _made(activation, site) for site in chosen if not site.why_not}
     undo: list[Callable[[], None]] = []
@@ -132,7 +135,7 @@ def replace_relu(
     report = Replacement(
         activation,
         tuple(Replaced(site.name, site.channels, site.was) for site in done),
-        {site.name: left[site.name] for site in sites if site.name in left},
+        {site.name: left[site.name] for site in sites if site.name in left} | relu6,
         sum(parameter.numel() for site in done for parameter in made[site].parameters()),
     )
     if not done:
