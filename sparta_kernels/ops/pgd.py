@@ -78,7 +78,7 @@ def _check_adv(operation: str, adv: Tensor) -> None:
     check_images(operation, "adv", adv)
     if adv.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{operation}: adv must not require a gradient while it is written; use torch.no_grad()")
-    if adv.is_neg():
+    if not torch.compiler.is_compiling() and adv.is_neg():  # torch.compile cannot ask
         raise ValueError(f"{operation}: adv is written, so it must not be a negated view; use adv.resolve_neg()")
     expanded = any(stride == 0 and extent > 1 for stride, extent in zip(adv.stride(), adv.shape, strict=True))
     if expanded and adv.numel() > 0:
