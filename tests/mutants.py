@@ -37,6 +37,7 @@ EVALUATION, ATTACK = "sparta_kernels/evaluation", "sparta_kernels/attack"
 PREPARE, SAME_FUNCTION = "tests/test_prepare.py", "tests/test_prepare_function.py"
 READ = f"{PREPARE}::test_a_convolution_that_others_read_keeps_its_batchnorm"
 REFRESHED = f"{PREPARE}::test_refresh_takes_over_what_was_learnt"
+STALE, CLAIMS = f"{PREPARE}::test_an_attack_on_a_stale_view_warns", "tests/test_claims.py"
 RESTARTS, ENGINES = "tests/test_restarts.py", "tests/test_engines.py"
 LOOP, STEPS, SHARED = "sparta_kernels/training", "tests/test_training_features.py", "tests/test_training_ddp.py"
 RESUMED = "tests/test_training_resume.py", "not killed"
@@ -223,6 +224,9 @@ FAULTS = [
         "tests/test_attention_calls.py",
         "default_device",
     ),
+    Fault(
+        "stale-unseen", f"{ATTACK}/prepare.py", "return _versions(self.model) != self._versions", "return False", STALE
+    ),
     Fault("refresh-constants", f"{ATTACK}/prepare.py", "        refresh_constants(self._constants)\n", "", REFRESHED),
     Fault(
         "restart-worst",
@@ -265,6 +269,7 @@ FAULTS = [
         "self.prepared",
         EVALUATED,
     ),
+    Fault("shared-claim", "sparta_kernels/claims.py", "fcntl.LOCK_EX |", "fcntl.LOCK_SH |", CLAIMS),
     Fault("parity-iterate", f"{EVALUATION}/result.py", "differences[max(self", "differences[min(self", EVALUATED),
     Fault("cuda-relu-lanes", f"{CUDA}/relu.cu", "packed, source + i)", "packed, source)", RELU, EMULATED),
     Fault(
